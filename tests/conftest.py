@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from raw_rows import write_world
+from raw_rows import write_raw, write_world
 from sample_tokenizers import mistral_tokenizer, train_model
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -107,6 +107,12 @@ def mistral() -> zj.Tokenizer:
 def sp_tok(request) -> zj.Tokenizer:
     """Either SentencePiece tokenizer."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def raw(tmp_path) -> Path:
+    """Raw files of 80 dialogues."""
+    return write_raw(tmp_path / "raw")
 
 
 @pytest.fixture(scope="session")

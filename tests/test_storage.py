@@ -112,15 +112,11 @@ def test_the_lock_of_another_host_is_taken_over_when_it_is_not_renewed(tmp_path,
             pass
 
 
-def test_a_run_is_refused_while_another_works_in_its_folder(tmp_path, sft_run):
-    workdir = sft_run.copied(tmp_path / "run")
-    before = sorted(workdir.rglob("*"))
-    with (
-        storage.lock(workdir),
-        pytest.raises(ValueError, match=f"run is in use by process {os.getpid()} on"),
-    ):
-        zj.fit(sft_run.config, workdir)
-    assert sorted(workdir.rglob("*")) == before
+def test_a_run_is_refused_while_another_works_in_its_folder(tmp_path):
+    message = f"run is in use by process {os.getpid()} on"
+    with storage.lock(tmp_path / "run"), pytest.raises(ValueError, match=message):
+        zj.fit(zj.load_config("demo_sft"), tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_killed_process_left_is_swept_by_the_next(tmp_path):
@@ -188,7 +184,7 @@ def test_any_flipped_byte_of_a_sealed_folder_is_named(sealed):
     rng = random.Random(0)
     for path in (here / "a", here / "deep" / "b", here / "digests.json"):
         before = path.read_bytes()
-        for _ in range(100):
+        for _ in range(30):
             after = bytearray(before)
             after[rng.randrange(len(before))] ^= rng.randrange(1, 256)
             path.write_bytes(after)

@@ -235,35 +235,19 @@ def test_truecase_gives_capitals(text, expected):
     assert truecase(expected) == expected
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "iPhone sales rose. eBay fell.\nmacOS too",
-        "See `a. b` and `i` there.",
-        "```\nlower. case i\n```",
-        "Unclosed:\n```python\nimport os\nx. y",
-        "~~~\nlower. i\n~~~",
-        "https://a.org/b. x",
-        "www.site.org/i is up",
-        "me@site.org wrote",
-        "Well... maybe, e.g. here, i.e. in the U.S. army, etc. and so on",
-        "J. smith",
-        "import numpy\nreturn x",
-        "    indented. code",
-        "- Country: France\n  capital: Paris",
-        "foo(x). bar",
-        "x = 1. then",
-        "for i in range(3):",
-        "Compare a[i] with i, then move i",
-        "i, ii and iii",
-        "apple, 3\npear, 4",
-        "x squared\ny squared",
-        "1.5 kg. 2 kg",
-        "snake_case is a name",
-        "This line goes on for quite a while and was wrapped by\nan editor",
-        "",
-    ],
+LOWER = (  # between bars
+    "iPhone sales rose. eBay fell.\nmacOS too|See `a. b` and `i` there.|```\nlower. case i\n```|"
+    "Unclosed:\n```python\nimport os\nx. y|~~~\nlower. i\n~~~|https://a.org/b. x|"
+    "www.site.org/i is up|me@site.org wrote|"
+    "Well... maybe, e.g. here, i.e. in the U.S. army, etc. and so on|J. smith|"
+    "import numpy\nreturn x|    indented. code|- Country: France\n  capital: Paris|foo(x). bar|"
+    "x = 1. then|for i in range(3):|Compare a[i] with i, then move i|i, ii and iii|"
+    "apple, 3\npear, 4|x squared\ny squared|1.5 kg. 2 kg|snake_case is a name|"
+    "This line goes on for quite a while and was wrapped by\nan editor|"
 )
+
+
+@pytest.mark.parametrize("text", LOWER.split("|"))
 def test_truecase_leaves_alone(text):
     assert truecase(text) == text
 
@@ -299,17 +283,8 @@ def cleaned(texts, rules):
     return turns and [turn["content"] for turn in turns], counts
 
 
-def test_cleaning_drops_and_counts():
-    for rule, turns in {
-        "empty_dialogue": [],
-        "odd_dialogue": ["Q", "A", "Q"],
-        "empty_turn": ["Q", " \n"],
-        "refusal": ["Q", "A", "Q", "As an AI I cannot."],
-    }.items():
-        assert cleaned(turns, CleaningRules()) == (None, Counter([rule]))
-
-
 def test_only_the_assistant_can_refuse_and_rules_can_be_switched_off():
+    assert cleaned(["Q", "A", "Q"], CleaningRules()) == (None, Counter(odd_dialogue=1))
     turns = ["As an AI, do you dream?", "No."]
     assert cleaned(turns, CleaningRules()) == (turns, Counter())
     turns = ["hi. you", "as an AI i refuse. really"]

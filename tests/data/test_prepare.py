@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from raw_rows import dialogue, everything, rated, report, write, write_raw
+from raw_rows import dialogue, everything, rated, report, write
 
 from zephyr_jax.__main__ import main
 from zephyr_jax.cli import prepare_data
@@ -21,11 +21,6 @@ from zephyr_jax.data.prepare.prepare import (
 )
 from zephyr_jax.data.raw.cleaning import CleaningRules
 from zephyr_jax.data.raw.schema import prompt_digest
-
-
-@pytest.fixture
-def raw(tmp_path):
-    return write_raw(tmp_path / "raw")
 
 
 def all_files(folder):

@@ -1,7 +1,7 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from raw_rows import chat, dialogue, everything, report, write, write_raw
+from raw_rows import chat, dialogue, everything, report, write
 
 from zephyr_jax.__main__ import main
 from zephyr_jax.data.prepare.prepare import Selection, prepare
@@ -10,11 +10,6 @@ from zephyr_jax.data.raw.sources import find_sources, split_words
 
 RAW, CHATS = (dialogues.ultrachat_schemas()[name] for name in ("raw", "200k"))
 RATED = pairs.ultrafeedback_schemas()["raw"]
-
-
-@pytest.fixture
-def raw(tmp_path):
-    return write_raw(tmp_path / "raw")
 
 
 def test_bad_rows_are_counted_and_too_many_stop(raw, tmp_path):
@@ -117,10 +112,7 @@ def messages_of(*numbers):
     return [{"messages": chat(number)["messages"]} for number in numbers]
 
 
-@pytest.mark.parametrize(
-    "test",
-    ["test.jsonl", "dev/rows.jsonl.gz", "a.validation.parquet"],
-)
+@pytest.mark.parametrize("test", ["test.jsonl", "dev/rows.jsonl.gz", "a.validation.parquet"])
 def test_rows_held_out_by_their_file_never_end_in_training(tmp_path, capfd, test):
     source, deep = tmp_path / "source", "/" in test
     train = "train/rows.jsonl" if deep else "latest.jsonl"

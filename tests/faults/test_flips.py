@@ -16,7 +16,8 @@ from zephyr_jax.data.prepare import prepare
 from zephyr_jax.evaluation.metrics_file import read_lines
 from zephyr_jax.reports.page import Page
 from zephyr_jax.reports.run import Run
-from zephyr_jax.reports.samples import add_samples, write_samples
+from zephyr_jax.reports.samples import add_samples
+from zephyr_jax.storage import write_checked
 from zephyr_jax.training.reference import load_reference
 from zephyr_jax.training.setup import pack, run_tokenizer
 from zephyr_jax.training.workdir import check_unclaimed
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 @pytest.fixture(scope="module")
 def place(dpo_run, tmp_path_factory):
     """A copy of a run, of its data and of its export, with every file that a run may write."""
-    root = tmp_path_factory.mktemp("place")
+    root = epath.Path(tmp_path_factory.mktemp("place"))
     shutil.copytree(dpo_run.config.data.data_dir, root / "data")
     workdir = dpo_run.copied(root / "run")
     with mesh_of(ONE):
@@ -37,7 +38,7 @@ def place(dpo_run, tmp_path_factory):
         zj.export_hf(*model[:3], root / "hf")
         (root / "hf" / "README.md").write_text("a card is the user's")
         zj.save_model(model, root / "imported")
-    write_samples(dpo_run.config, workdir, 1)
+    write_checked(workdir / "samples.json", {"reason": "There is none."})
     return root
 
 
@@ -71,16 +72,16 @@ KINDS = {
     "reference": ("data/reference/*/*", read_reference),
     "checkpoint": (
         "run/checkpoints/10/**/*",
-        lambda root, _: check_step(epath.Path(root / "run" / "checkpoints" / "10")),
+        lambda root, _: check_step(root / "run/checkpoints/10"),
     ),
     "run_config.json": (
         "run/run_config.json",
-        lambda root, run: check_unclaimed(epath.Path(root / "run"), run.config.to_dict()),
+        lambda root, run: check_unclaimed(root / "run", run.config.to_dict()),
     ),
     "run_config.json in a report": ("run/run_config.json", lambda root, _: Run(root / "run")),
     "run_info.json": (
         "run/run_info.json",
-        lambda root, _: record_start(epath.Path(root / "run" / "run_info.json")),
+        lambda root, _: record_start(root / "run/run_info.json"),
     ),
     "heartbeat.json": ("run/heartbeat.json", lambda root, _: Run(root / "run")),
     "samples.json": ("run/samples.json", lambda root, _: add_samples(Page("a"), root / "run")),
@@ -127,7 +128,8 @@ SLOW = [
 @pytest.mark.parametrize("kind", KINDS)
 def test_damage_is_named(place, dpo_run, record_property, kind, fault, n):
     pattern, read = KINDS[kind]
-    files = sorted(path for path in place.glob(pattern) if path.is_file() and path.suffix != ".md")
+    found = Path(place).glob(pattern)
+    files = sorted(path for path in found if path.is_file() and path.suffix != ".md")
     rng, kept, missed = random.Random(kind), {path: path.read_bytes() for path in files}, []
     read(place, dpo_run)
     for i in range(n):

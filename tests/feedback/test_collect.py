@@ -255,12 +255,12 @@ def test_a_model_here_answers_by_several_seeds_and_is_judged_by_implicit_reward(
     own = {"model": policy, "max_tokens": 12}
     contestants = {f"sample_{seed}": own | {"seed": seed} for seed in (0, 1)}
     rewarded = {"kind": "implicit_reward", "model": policy, "reference": reference, "beta": 0.3}
-    lines = [{"prompt": f"Question {i}?"} for i in range(5)]
+    lines = [{"prompt": f"Question {i}?"} for i in range(3)]
     lines.append({"prompt": "beyond the positions " * 99})
     inputs = "http://unused", write(tmp_path / "prompts.jsonl", lines)
-    config = round_of(*inputs, contestants=contestants, judge=rewarded, batch_size=2)
+    config = round_of(*inputs, contestants=contestants, judge=rewarded, batch_size=4)
     rows, account = collected(config, tmp_path / "round")
-    assert len(rows) == 5
+    assert len(rows) == 3
     assert [counts["too_long"] for counts in account["answers"].values()] == [1, 1]
     texts = [[c["response"] for c in row["completions"]] for row in rows]
     assert any(len(set(pair)) == 2 for pair in texts), "two seeds answer differently"
@@ -275,9 +275,9 @@ def test_a_model_here_answers_by_several_seeds_and_is_judged_by_implicit_reward(
     monkeypatch.undo()
     judge = {"kind": "model", "model": policy, "max_tokens": 12, "aspects": ("honesty",)}
     judge |= {"attempts": 2}
-    config = round_of(*inputs, contestants=contestants, judge=judge, batch_size=2)
+    config = round_of(*inputs, contestants=contestants, judge=judge, batch_size=4)
     rows, account = collected(config, tmp_path / "judged")
-    assert account["judgements"]["unreadable"] == 5 * 2, "a random model cannot judge"
+    assert account["judgements"]["unreadable"] == 3 * 2, "a random model cannot judge"
     assert account["judgements"]["asked_again"] > 0
     assert rows[0]["completions"][0]["annotations"]["honesty"]["Rating"] == "N/A"
 

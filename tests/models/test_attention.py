@@ -47,13 +47,6 @@ def test_splash_equals_float64(window, group):
     check_rows("splash", cases.pairs_and_padding(150), window, g=group)
 
 
-@pytest.mark.slow
-def test_splash_with_a_kernel_for_each_gradient_equals_float64(monkeypatch):
-    """As in long rows, whose many blocks of keys would each write a gradient of all queries."""
-    monkeypatch.setattr(module, "_FUSED", 0)
-    check_rows("splash", cases.pairs_and_padding(150), 3, g=4)
-
-
 @pytest.mark.parametrize(("implementation", "window"), [("tiled", 3), ("splash", None)])
 def test_dialogues_equal_float64(implementation, window):
     check_rows(implementation, cases.dialogues_and_padding(40), window, branched=False)

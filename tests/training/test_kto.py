@@ -227,12 +227,8 @@ def test_what_does_not_fit_is_refused_in_one_line(world, labeled, tmp_path):
         with pytest.raises(ValueError, match=message) as stop:
             build_packed(with_fields(config, **changes), tok)
         assert "\n" not in str(stop.value)
-    others = (
-        {"options": {"wpo": 1}},
-        {"loss": {"kto": 1.0, "sft": 0.1}},
-        {"options": {"ld_alpha": 0.5}},
-    )
-    for fields in others:
+    sft = {"loss": {"kto": 1.0, "sft": 0.1}}
+    for fields in (sft, {"options": {"wpo": 1}}, {"options": {"ld_alpha": 0.5}}):
         with pytest.raises(ValueError, match="must be kto alone, .* single labeled answers"):
             with_fields(config, dpo=fields)
     rows = [{"prompt": f"{i}?", "completion": "yes", "label": True} for i in range(30)]

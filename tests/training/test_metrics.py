@@ -162,12 +162,6 @@ def test_a_heart_beats_now_and_then(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["heartbeat.json"]
 
 
-def steps_in(folder):
-    """The bytes of the one file of a trace."""
-    (file,) = folder.rglob("*.xplane.pb")
-    return file.read_bytes()
-
-
 def test_only_the_steps_of_the_span_are_traced(tmp_path):
     profiler = Profiler((3, 5), epath.Path(tmp_path))
     square = jax.jit(lambda x: x @ x)
@@ -175,6 +169,7 @@ def test_only_the_steps_of_the_span_are_traced(tmp_path):
         with profiler.around(step), jax.profiler.TraceAnnotation(f"inside_{step}"):
             out = square(jnp.ones((64, 64)))
         profiler.after(step, out, last=step == 9)
-    content = steps_in(tmp_path / "profile")
+    (file,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    content = file.read_bytes()
     assert TRACED.encode() in content
     assert [step for step in range(1, 10) if f"inside_{step}".encode() in content] == [3, 4]

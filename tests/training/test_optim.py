@@ -101,12 +101,16 @@ class Sgd(RMSprop):
 class Nadamw(AdamW):
     """AdamW whose mean looks one step ahead (Dozat 2016)."""
 
-    def update(self, step, grad):
-        b1, b2 = self.optim.betas
+    def ahead(self, step, grad):
+        b1 = self.optim.betas[0]
         self.mean = b1 * self.mean + (1 - b1) * grad
+        return b1 * self.mean / (1 - b1 ** (step + 2)) + (1 - b1) * grad / (1 - b1 ** (step + 1))
+
+    def update(self, step, grad):
+        b2 = self.optim.betas[1]
         self.square = b2 * self.square + (1 - b2) * grad**2
-        ahead = b1 * self.mean / (1 - b1 ** (step + 2)) + (1 - b1) * grad / (1 - b1 ** (step + 1))
-        return ahead / (np.sqrt(self.square / (1 - b2 ** (step + 1))) + self.optim.eps)
+        root = np.sqrt(self.square / (1 - b2 ** (step + 1)))
+        return self.ahead(step, grad) / (root + self.optim.eps)
 
 
 class Adam(AdamW):
@@ -122,11 +126,8 @@ class Muon(Nadamw):
     def update(self, step, grad):
         if grad.ndim < 3:
             return super().update(step, grad)
-        b1 = self.optim.betas[0]
-        self.mean = b1 * self.mean + (1 - b1) * grad
-        ahead = b1 * self.mean / (1 - b1 ** (step + 2)) + (1 - b1) * grad / (1 - b1 ** (step + 1))
         out = np.empty_like(grad)
-        for layer, matrix in enumerate(ahead):
+        for layer, matrix in enumerate(self.ahead(step, grad)):
             x = matrix.reshape(len(matrix), -1)
             x = x.T if x.shape[0] > x.shape[1] else x
             x = x / (np.linalg.norm(x) + self.optim.eps)

@@ -32,12 +32,8 @@ def run_of(sft_run, world, lora=None, steps=10, **dpo):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["adapter_off", "precomputed"])
-def test_adapters_of_a_frozen_base_learn_and_another_base_is_refused(
-    sft_run, world, tmp_path, mode
-):  # pitfall 21
-    base = sft_run.copied(tmp_path / "base")
+def test_adapters_of_a_frozen_base_learn(sft_run, world, tmp_path, mode):  # pitfall 21
     config = run_of(sft_run, world, LORA, reference=mode)
-    config = dataclasses.replace(config, init=str(base))
     state = fit(config, tmp_path / "run")
     first, last = metrics_of(tmp_path / "run", "eval")
     # Dropout is for training alone: the first evaluation is at the reference, to the bit.
@@ -51,13 +47,6 @@ def test_adapters_of_a_frozen_base_learn_and_another_base_is_refused(
     assert len(table.ids) == len(set(table.ids.tolist())) > 0
     for name, value in pair_means(table, config.dpo.beta).items():
         assert last[f"eval_{name}"] == pytest.approx(value, rel=1e-6)
-    model = zj.load_model(base)
-    model.params["final_norm"] = model.params["final_norm"].at[3].add(1e-3)
-    (base / "checkpoints").rename(tmp_path / "before")
-    zj.save_model(model, tmp_path / "other")
-    (tmp_path / "other" / "checkpoints").rename(base / "checkpoints")
-    with pytest.raises(ValueError, match="belongs to parameters of digest .* but .* has"):
-        setup(config, tmp_path / "run")
 
 
 @pytest.mark.slow
