@@ -18,23 +18,13 @@ from buckets import stand_in
 
 import zephyr_jax as zj
 from zephyr_jax import storage
-from zephyr_jax.storage import (
-    atomic_path,
-    new_folder,
-    read_checked,
-    read_json,
-    seal,
-    verify,
-    write_atomic,
-    write_checked,
-)
 
 
 @pytest.mark.parametrize(
     "content", ["é\n", "é\n".encode(), lambda file: file.write("é\n".encode())]
 )
 def test_text_bytes_and_writers_give_the_same_file(tmp_path: pathlib.Path, content):
-    path = write_atomic(tmp_path / "new" / "file", content)
+    path = storage.write_atomic(tmp_path / "new" / "file", content)
     assert (tmp_path / "new" / "file").read_bytes() == "é\n".encode() == path.read_bytes()
     assert [x.name for x in path.parent.iterdir()] == ["file"]
 
@@ -44,23 +34,23 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path: pat
         file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    write_atomic(tmp_path / "file", "old")
+    storage.write_atomic(tmp_path / "file", "old")
     with pytest.raises(OSError, match=rf"No space .* GB are free.: '{tmp_path}/file'"):
-        write_atomic(tmp_path / "file", fail)
+        storage.write_atomic(tmp_path / "file", fail)
     assert {x.name: x.read_text() for x in tmp_path.iterdir()} == {"file": "old"}
 
 
 def test_a_folder_takes_the_place_of_another_only_on_request(tmp_path: pathlib.Path):
     folder = tmp_path / "folder"
     for content, replace in (("first", False), ("second", True)):
-        with atomic_path(folder, replace=replace) as temporary:
+        with storage.atomic_path(folder, replace=replace) as temporary:
             temporary.mkdir()
             (temporary / content).write_text(content)
     assert [x.name for x in folder.iterdir()] == ["second"]
-    with pytest.raises(OSError, match="not empty"), atomic_path(folder) as temporary:
+    with pytest.raises(OSError, match="not empty"), storage.atomic_path(folder) as temporary:
         temporary.mkdir()
     assert [x.name for x in folder.iterdir()] == ["second"]
-    with pytest.raises(FileNotFoundError), atomic_path(folder, replace=True):
+    with pytest.raises(FileNotFoundError), storage.atomic_path(folder, replace=True):
         pass  # creates nothing, so that the old folder comes back
     assert [x.name for x in tmp_path.rglob("*")] == ["folder", "second"]
 
@@ -102,7 +92,7 @@ def test_the_lock_of_another_host_is_taken_over_when_it_is_not_renewed(tmp_path,
     file = tmp_path / "unfinished" / "run.lock"
     with storage.lock(tmp_path / "run"):
         mark = re.sub("host=.*", "host=other", file.read_text())
-    write_atomic(file, mark)
+    storage.write_atomic(file, mark)
     with pytest.raises(ValueError, match="process .* on other"), storage.lock(tmp_path / "run"):
         pass
     time.sleep(0.7)
@@ -122,20 +112,23 @@ def test_a_run_is_refused_while_another_works_in_its_folder(tmp_path):
 def test_what_a_killed_process_left_is_swept_by_the_next(tmp_path):
     """And what it was about to replace is back."""
     for name in ("set", "set.old"):
-        write_atomic(tmp_path / "unfinished" / name / "file", name)
-    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "set", replace=True) as path:
+        storage.write_atomic(tmp_path / "unfinished" / name / "file", name)
+    with (
+        pytest.raises(FileNotFoundError),
+        storage.atomic_path(tmp_path / "set", replace=True) as path,
+    ):
         assert path == tmp_path / "unfinished" / "set"
     assert [str(x.relative_to(tmp_path)) for x in tmp_path.rglob("*")] == ["set", "set/file"]
     assert (tmp_path / "set" / "file").read_text() == "set.old"
 
 
 def test_a_second_process_waits_for_the_folder_of_the_first(tmp_path):
-    with new_folder(tmp_path / "set") as temporary:
+    with storage.new_folder(tmp_path / "set") as temporary:
         assert temporary
         (temporary / "file").write_text("whole")
         with pytest.raises(ValueError, match="in use by"), storage.lock(tmp_path / "set"):
             pass
-    with new_folder(tmp_path / "set") as temporary:
+    with storage.new_folder(tmp_path / "set") as temporary:
         assert temporary is None
     assert (tmp_path / "set" / "file").read_text() == "whole"
     assert [x.name for x in tmp_path.iterdir()] == ["set"]
@@ -156,31 +149,31 @@ def test_a_damaged_json_file_is_named_with_the_remedy(tmp_path: pathlib.Path, ho
     path = tmp_path / "manifest.json"
     path.write_bytes(BROKEN[how](b'{"splits": 1, "files": {}}'))
     with pytest.raises(ValueError, match=rf"{path} is damaged \(.*\): pack again$") as stop:
-        read_json(path, "pack again", ["splits"])
+        storage.read_json(path, "pack again", ["splits"])
     assert "\n" not in str(stop.value)
     path.write_text("\ufeff" + '{"splits": 1}')
-    assert read_json(path, fields=["splits"]) == {"splits": 1}
+    assert storage.read_json(path, fields=["splits"]) == {"splits": 1}
     with pytest.raises(ValueError, match="damaged .it lacks files.: restore it"):
-        read_json(path, fields=["splits", "files"])
+        storage.read_json(path, fields=["splits", "files"])
     with pytest.raises(FileNotFoundError):
-        read_json(tmp_path / "absent.json")
+        storage.read_json(tmp_path / "absent.json")
 
 
 @pytest.fixture(params=["disk", "bucket"])
 def sealed(request, tmp_path, monkeypatch):
     """A sealed folder by its path or URL, and where it really is."""
     for name in ("a", "deep/b", "deep/er/c"):
-        write_atomic(tmp_path / "set" / name, name.encode() * 50)
+        storage.write_atomic(tmp_path / "set" / name, name.encode() * 50)
     if request.param == "bucket":
         stand_in(monkeypatch, tmp_path)
     folder = "gs://bucket/set" if request.param == "bucket" else tmp_path / "set"
-    seal(folder)
+    storage.seal(folder)
     return folder, tmp_path / "set"
 
 
 def test_any_flipped_byte_of_a_sealed_folder_is_named(sealed):
     folder, here = sealed
-    verify(folder)
+    storage.verify(folder)
     rng = random.Random(0)
     for path in (here / "a", here / "deep" / "b", here / "digests.json"):
         before = path.read_bytes()
@@ -189,46 +182,46 @@ def test_any_flipped_byte_of_a_sealed_folder_is_named(sealed):
             after[rng.randrange(len(before))] ^= rng.randrange(1, 256)
             path.write_bytes(after)
             with pytest.raises(ValueError, match=rf"{path.name} is damaged .*: restore") as stop:
-                verify(folder)
+                storage.verify(folder)
             assert "\n" not in str(stop.value)
         path.write_bytes(before)
-    verify(folder)
+    storage.verify(folder)
 
 
 def test_what_is_missing_from_a_sealed_folder_is_named(sealed):
     folder, here = sealed
     (here / "more").write_text("that came later")
-    verify(folder)
+    storage.verify(folder)
     (here / "a").write_bytes((here / "a").read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"a is damaged .it has 49 bytes, not 50.: pack again"):
-        verify(folder, contents=False, remedy="pack again")
+        storage.verify(folder, contents=False, remedy="pack again")
     (here / "deep" / "b").unlink()
     with pytest.raises(ValueError, match=r"deep/b is damaged .it is missing"):
-        verify(folder, ["deep"])
-    verify(folder, ["deep/er"])
+        storage.verify(folder, ["deep"])
+    storage.verify(folder, ["deep/er"])
     (here / "digests.json").unlink()
     with pytest.raises(ValueError, match=r"digests.json is missing, so nothing in .* can be check"):
-        verify(folder)
-    verify(folder, required=False)
-    seal(folder, ["deep/er", "a"])
-    assert set(read_json(here / "digests.json")["files"]) == {"deep/er/c", "a"}
+        storage.verify(folder)
+    storage.verify(folder, required=False)
+    storage.seal(folder, ["deep/er", "a"])
+    assert set(storage.read_json(here / "digests.json")["files"]) == {"deep/er/c", "a"}
 
 
 def test_any_flipped_byte_of_a_checked_file_is_named(tmp_path: pathlib.Path):
     path, rng = tmp_path / "file", random.Random(0)
-    write_checked(path, {"step": 3, "value": 0.5, "of": ["é", None]})
-    before, whole = path.read_bytes(), read_checked(path)
+    storage.write_checked(path, {"step": 3, "value": 0.5, "of": ["é", None]})
+    before, whole = path.read_bytes(), storage.read_checked(path)
     for at in range(len(before)):
         after = bytearray(before)
         after[at] ^= 1 << rng.randrange(8)
         path.write_bytes(after)
         with pytest.raises(ValueError, match=r"file is damaged .*: restore it") as stop:
-            read_checked(path)
+            storage.read_checked(path)
         assert "\n" not in str(stop.value)
     path.write_bytes(before)
-    assert read_checked(path) == whole
+    assert storage.read_checked(path) == whole
     path.write_text('{"step": 3}')  # as 0.1.0 wrote it
-    assert read_checked(path) == {"step": 3}
+    assert storage.read_checked(path) == {"step": 3}
 
 
 def test_a_folder_in_a_bucket_is_held(tmp_path, monkeypatch):
@@ -244,7 +237,7 @@ def test_a_folder_in_a_bucket_is_held(tmp_path, monkeypatch):
         assert file.read_text().splitlines()[:2] == first.splitlines()[:2]
         assert file.read_text() != first
     assert not file.exists()
-    write_atomic(file, "process 1 on other\nan id\n0\n")  # of a process that was killed
+    storage.write_atomic(file, "process 1 on other\nan id\n0\n")  # of a process that was killed
     start = time.monotonic()
     with storage.lock(run):
         assert time.monotonic() - start > 0.6

@@ -5,13 +5,7 @@ import numpy as np
 import pytest
 from raw_rows import messages
 
-from zephyr_jax.data.raw.binarize import (
-    CRITERIA,
-    BinarizationRules,
-    binarize,
-    mean_rating,
-    repair_overall_score,
-)
+from zephyr_jax.data.raw import binarize
 from zephyr_jax.data.raw.schema import prompt_digest
 
 
@@ -42,7 +36,7 @@ def generated(count, seed=0):
 
 def single(row, rules) -> tuple[Any, Counter[str]]:
     """The only pair of a row, or None, and the counts."""
-    pairs, counts = binarize(row, rules)
+    pairs, counts = binarize.binarize(row, rules)
     assert len(pairs) <= 1
     return pairs[0] if pairs else None, counts
 
@@ -57,9 +51,9 @@ def meetings(row, rules) -> list[Any]:
     for completion in row["completions"]:
         score = completion["overall_score"]
         if rules.criterion == "mean_rating":
-            score = mean_rating(completion)
+            score = binarize.mean_rating(completion)
         elif rules.repair_scores:
-            score = repair_overall_score(completion)[0]
+            score = binarize.repair_overall_score(completion)[0]
         if score is not None and score == score:
             answers.append((float(score), completion["response"]))
     if len(answers) < 2:
@@ -84,12 +78,12 @@ def outcome(one: Any, two: Any, ties):
 
 @pytest.mark.parametrize("pairing", ["random", "best_vs_worst"])
 @pytest.mark.parametrize("ties", ["keep", "drop"])
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", binarize.CRITERIA)
 def test_a_pair_is_one_that_the_definition_of_its_mode_allows(pairing, ties, criterion):
     seen = Counter()
     about_pairs = ("empty_response", "identical_text", "tie", "tie_dropped", "too_few_scores")
     for number, row in enumerate(generated(400, seed=len(pairing))):
-        rules = BinarizationRules(criterion, pairing, ties, repair_scores=number % 2 == 0)
+        rules = binarize.BinarizationRules(criterion, pairing, ties, repair_scores=number % 2 == 0)
         pair, counts = single(row, rules)
         rule = next((rule for rule in about_pairs if counts[rule]), None)
         allowed = meetings(row, rules)
@@ -112,12 +106,12 @@ def test_the_first_maximum_is_chosen_and_any_other_rejected_in_any_order():
     seen = Counter()
     answers = [answer("a", 3), answer("b", 9), answer("c", 9), answer("d", 5)]
     for number in range(300):
-        pair, counts = single(rated(*answers, prompt=f"Q{number}"), BinarizationRules())
+        pair, counts = single(rated(*answers, prompt=f"Q{number}"), binarize.BinarizationRules())
         chosen, rejected = texts([pair])[0]
         assert (chosen, counts) == ("b", Counter(tie=int(rejected == "c")))
         seen[rejected] += 1
         moved = rated(answers[3], answers[1], answers[0], answers[2], prompt=f"Q{number}")
-        assert single(moved, BinarizationRules()) == (pair, counts)
+        assert single(moved, binarize.BinarizationRules()) == (pair, counts)
     assert all(70 < seen[text] < 130 for text in "acd")
 
 
@@ -126,7 +120,7 @@ def test_the_draw_depends_on_seed_and_prompt():
     rows = [rated(*answers, prompt=f"Q{number}") for number in range(40)]
 
     def draws(seed):
-        pairs = [single(row, BinarizationRules(seed=seed))[0] for row in rows]
+        pairs = [single(row, binarize.BinarizationRules(seed=seed))[0] for row in rows]
         return "".join(rejected for _, rejected in texts(pairs))
 
     # Written down: the same set prepared elsewhere must not come out different.
@@ -136,22 +130,25 @@ def test_the_draw_depends_on_seed_and_prompt():
 
 def test_all_pairs_of_a_row_meet_and_kept_ties_have_a_random_order():
     answers = [answer("a", 3), answer("b", 9), answer("c", 9), answer("d ", 5), answer("d", 5)]
-    rules, orders = BinarizationRules(pairing="all"), Counter()
+    rules, orders = binarize.BinarizationRules(pairing="all"), Counter()
     for number in range(200):
-        pairs, counts = binarize(rated(*answers, prompt=f"Q{number}"), rules)
+        pairs, counts = binarize.binarize(rated(*answers, prompt=f"Q{number}"), rules)
         assert counts == Counter(tie=1, identical_text=1)
         assert {pair["prompt_id"] for pair in pairs} == {prompt_digest(f"Q{number}")}
         met = sorted("".join(pair).replace(" ", "") for pair in texts(pairs))
         tie = "bc" if "bc" in met else "cb"
         orders[tie] += 1
         assert met == sorted(["ba", "ca", "bd", "bd", "cd", "cd", "da", "da", tie])
-        assert binarize(rated(*answers[::-1], prompt=f"Q{number}"), rules) == (pairs, counts)
+        assert binarize.binarize(rated(*answers[::-1], prompt=f"Q{number}"), rules) == (
+            pairs,
+            counts,
+        )
     assert all(70 < orders[tie] < 130 for tie in ("bc", "cb"))
 
 
 def test_mean_ratings_decide_ties():
     low, high = answer("low", 8, "3333"), answer("high", 8, "5555")
-    rules = BinarizationRules(pairing="best_vs_worst", ties="mean_rating")
+    rules = binarize.BinarizationRules(pairing="best_vs_worst", ties="mean_rating")
     for row in (rated(low, high), rated(high, low)):
         pair, counts = single(row, rules)
         assert (texts([pair]), counts) == ([("high", "low")], Counter(tie_by_rating=1))
@@ -160,7 +157,7 @@ def test_mean_ratings_decide_ties():
 
 
 def test_the_pair_has_the_published_columns():
-    pair, _ = single(rated(answer("bad", 3), answer("good", 8)), BinarizationRules())
+    pair, _ = single(rated(answer("bad", 3), answer("good", 8)), binarize.BinarizationRules())
     expected = {"prompt": "Q?", "prompt_id": prompt_digest("Q?"), "source": "flan"}
     for side, text, score in (("chosen", "good", 8.0), ("rejected", "bad", 3.0)):
         expected |= {side: messages("Q?", text), f"score_{side}": score}
@@ -170,7 +167,7 @@ def test_the_pair_has_the_published_columns():
 def test_choices_that_do_not_exist_are_refused():
     for name in ("criterion", "pairing", "ties"):
         with pytest.raises(ValueError, match=f"{name}='best' is not known; use one of "):
-            BinarizationRules(**{name: "best"})
+            binarize.BinarizationRules(**{name: "best"})
 
 
 @pytest.mark.parametrize(
@@ -184,7 +181,7 @@ def test_choices_that_do_not_exist_are_refused():
     ],
 )
 def test_pairs_are_dropped_and_counted(row, rules):
-    assert single(row, BinarizationRules()) == (None, Counter(rules))
+    assert single(row, binarize.BinarizationRules()) == (None, Counter(rules))
 
 
 @pytest.mark.parametrize(
@@ -201,8 +198,8 @@ def test_pairs_are_dropped_and_counted(row, rules):
     ],
 )
 def test_mean_rating_survives_holes(annotations, expected):
-    assert mean_rating({"annotations": annotations}) == expected
-    assert mean_rating({}) is None
+    assert binarize.mean_rating({"annotations": annotations}) == expected
+    assert binarize.mean_rating({}) is None
 
 
 @pytest.mark.parametrize(
@@ -223,4 +220,4 @@ def test_mean_rating_survives_holes(annotations, expected):
     ],
 )
 def test_repair_overall_score(completion, expected):
-    assert repair_overall_score(completion) == expected
+    assert binarize.repair_overall_score(completion) == expected

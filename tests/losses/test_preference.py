@@ -6,14 +6,7 @@ import numpy as np
 import preference_oracles as oracle
 import pytest
 
-from zephyr_jax.config.preference import (
-    DIVERGENCES,
-    REFERENCE_FREE,
-    SCORED,
-    SMOOTHED,
-    DpoConfig,
-    LossOptions,
-)
+from zephyr_jax.config import preference
 from zephyr_jax.losses.pairs import PairLogps
 from zephyr_jax.losses.preference import LABEL_WEIGHTS, LOSSES, balanced, bco_pair, combined
 
@@ -51,8 +44,8 @@ CASES = {
     "cpo": ({"beta": 0.2, "label_smoothing": 0.1}, {"beta": 0.2, "weight": 1.0, "epsilon": 0.1}),
     "sft": ({"beta": 0.1}, {}),
 }
-for _name in SCORED:
-    for _divergence in (*DIVERGENCES[1:], 0.3):
+for _name in preference.SCORED:
+    for _divergence in (*preference.DIVERGENCES[1:], 0.3):
         _other = {"divergence": _divergence}
         CASES[f"{_name} {_divergence}"] = tuple(options | _other for options in CASES[_name])
 SMOOTHING = {"beta": 0.1, "label_smoothing": 1e-3}  # exo_pair needs some
@@ -94,7 +87,7 @@ def every(change, pairs):
 
 def ours(name, options, pairs, weights=None):
     weights = jnp.ones_like(pairs.chosen) if weights is None else weights
-    return LOSSES[name](pairs, LossOptions(**options), weights)
+    return LOSSES[name](pairs, preference.LossOptions(**options), weights)
 
 
 @functools.cache
@@ -151,16 +144,18 @@ def test_numbers_that_a_loss_does_not_read_change_nothing_and_are_refused(name):
     pairs = pairs_of(batch())
     lengths = {"reference": "precomputed", "max_length": 9, "max_prompt_length": 5}
     plain = {"beta": 0.1, "label_smoothing": 1e-3 if name == "exo_pair" else 0.0}
-    others = [({"divergence": d}, name in SCORED) for d in DIVERGENCES[1:]]
-    others.append(({"label_smoothing": 0.2}, name in SMOOTHED))
+    others = [({"divergence": d}, name in preference.SCORED) for d in preference.DIVERGENCES[1:]]
+    others.append(({"label_smoothing": 0.2}, name in preference.SMOOTHED))
     for other, read in others:
         same = np.array_equal(ours(name, plain, pairs), ours(name, plain | other, pairs))
         assert same != read
         if not read:
             with pytest.raises(ValueError, match=rf"dpo.{next(iter(other))}.*{name}"):
-                DpoConfig(loss=name, **plain | other, **lengths)
-    if name in REFERENCE_FREE:  # in a sum with a loss that reads it, a divergence is that loss's
-        DpoConfig(loss={name: 1, "hinge": 1}, beta=0.1, divergence="js", **lengths)
+                preference.DpoConfig(loss=name, **plain | other, **lengths)
+    if (
+        name in preference.REFERENCE_FREE
+    ):  # in a sum with a loss that reads it, a divergence is that loss's
+        preference.DpoConfig(loss={name: 1, "hinge": 1}, beta=0.1, divergence="js", **lengths)
 
 
 def test_a_pair_that_is_badly_wrong_is_still_pulled():
@@ -196,7 +191,7 @@ def test_losses_are_the_same_on_a_mesh(name):
 
 def test_bco_subtracts_its_shift():
     b = batch()
-    pairs, options = pairs_of(b), LossOptions(beta=0.2)
+    pairs, options = pairs_of(b), preference.LossOptions(beta=0.2)
 
     def total(shift):
         losses = bco_pair(pairs._replace(shift=shift), options, jnp.ones(9))
@@ -215,7 +210,7 @@ def test_kto_equals_float64(drift, of_whole_batch):
     b["pl"] = np.float64(np.float32(b["rl"] + drift + np.linspace(-2, 2, 9)))
     weights = np.float32(np.arange(9) < 8)
     numbers = {"desirable_weight": 1.2, "undesirable_weight": 0.8}
-    options = LossOptions(beta=0.2, options=numbers)
+    options = preference.LossOptions(beta=0.2, options=numbers)
     kl = (b["pl"] - b["rl"])[:8].mean()
     assert (kl > 0) == (drift > 0)
     shift = jnp.float32(max(kl, 0)) if of_whole_batch else None
@@ -250,7 +245,7 @@ def test_kto_equals_float64(drift, of_whole_batch):
 )
 def test_the_rarer_label_weighs_as_much_unless_configured(counts, options, weights):
     lengths = {"reference": "precomputed", "max_length": 9, "max_prompt_length": 5}
-    dpo = DpoConfig(loss="kto", beta=0.1, options=options, **lengths)
+    dpo = preference.DpoConfig(loss="kto", beta=0.1, options=options, **lengths)
     found = balanced(dpo, dict(zip(("desirable", "undesirable"), counts, strict=True)))
     assert tuple(map(found.option, LABEL_WEIGHTS)) == weights
     for missing in ({"desirable": 3, "undesirable": 0}, {"desirable": 0, "undesirable": 3}):
@@ -261,6 +256,6 @@ def test_the_rarer_label_weighs_as_much_unless_configured(counts, options, weigh
 def test_combined_losses_are_weighted_sums():
     pairs, options = pairs_of(batch()), {"beta": 0.3, "label_smoothing": 0.1}
     loss = combined({"sigmoid": 0.8, "aot": 0.2, "sft": 1.5})
-    got = loss(pairs, LossOptions(**options), jnp.ones(9))
+    got = loss(pairs, preference.LossOptions(**options), jnp.ones(9))
     parts = [ours(name, options, pairs) for name in ("sigmoid", "aot", "sft")]
     np.testing.assert_allclose(got, 0.8 * parts[0] + 0.2 * parts[1] + 1.5 * parts[2], rtol=1e-6)

@@ -14,15 +14,7 @@ from test_lora import ALL, assert_same, computed, hidden, on_mesh, random_adapte
 
 import zephyr_jax as zj
 from zephyr_jax.config.run import load_config
-from zephyr_jax.models.lora import (
-    NF4,
-    Quantized,
-    abstract_adapters,
-    check_blocks,
-    dequantize,
-    freeze,
-    quantize,
-)
+from zephyr_jax.models import lora
 from zephyr_jax.models.parameters import abstract_params
 from zephyr_jax.sharding import axis_size
 
@@ -92,36 +84,36 @@ def test_the_codebook_is_the_quantiles_of_a_normal_distribution():
     quantile = NormalDist().inv_cdf
     below = [-quantile(last + i / 7 * (0.5 - last)) / quantile(last) for i in range(7)]
     above = [quantile(last + i / 8 * (0.5 - last)) / quantile(last) for i in range(8)]
-    np.testing.assert_allclose(NF4, [*below, 0.0, *above[::-1]], rtol=0, atol=3e-7)
+    np.testing.assert_allclose(lora.NF4, [*below, 0.0, *above[::-1]], rtol=0, atol=3e-7)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("axes", "shape", "axis", "block"), LAYOUTS)
 def test_codes_and_scales_equal_float64(kind, axes, shape, axis, block):
     x, nf4 = weights(shape, axis, block), kind == "nf4"
-    q = quantize(x, axes, kind)
+    q = lora.quantize(x, axes, kind)
     codes, scales = stored(q, axis)
     wide = blocks_of(x, axis, block)
     assert (q.codes.dtype, q.scales.dtype) == ("uint8" if nf4 else "int8", "float32")
     assert codes.shape == wide.shape
     np.testing.assert_allclose(scales, np.abs(wide).max(-1) / (1 if nf4 else 127), rtol=1e-6)
-    values, index = (np.array(NF4), codes) if nf4 else (np.arange(-127.0, 128), codes + 127)
+    values, index = (np.array(lora.NF4), codes) if nf4 else (np.arange(-127.0, 128), codes + 127)
     # The nearest value of all; at the middle of two either is.
     far = np.abs(wide[..., None] / np.where(scales > 0, scales, 1)[..., None, None] - values)
     distance = np.take_along_axis(far, index[..., None], -1)[..., 0]
     assert (distance - far.min(-1)).max() <= 1e-6 * values.max()
-    back = blocks_of(dequantize(q, "float32"), axis, block)
+    back = blocks_of(lora.dequantize(q, "float32"), axis, block)
     wanted = values[index] * scales[..., None]
     np.testing.assert_allclose(back, wanted, rtol=1e-6)
-    narrow = dequantize(q, "float32").astype(jnp.bfloat16)  # rounded once
-    np.testing.assert_array_equal(dequantize(q, "bfloat16"), narrow)
+    narrow = lora.dequantize(q, "float32").astype(jnp.bfloat16)  # rounded once
+    np.testing.assert_array_equal(lora.dequantize(q, "bfloat16"), narrow)
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("int8", 8.5), ("nf4", 4.5)])
 def test_bits_of_a_value(kind, bits):
     config = load_config("zephyr_7b_sft_qlora")
     shapes = abstract_params(config.model)
-    base = jax.eval_shape(lambda params: freeze(params, kind, "bfloat16"), shapes)
+    base = jax.eval_shape(lambda params: lora.freeze(params, kind, "bfloat16"), shapes)
     held, values = 0, 0
     for name in ("attention", "mlp"):
         held += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base["layers"][name]))
@@ -133,23 +125,23 @@ def test_bits_of_a_value(kind, bits):
 
 
 def test_blocks_that_do_not_fit_are_refused(cfg):
-    check_blocks(cfg)
+    lora.check_blocks(cfg)
     with pytest.raises(ValueError, match=r"H=10 of layers/attention/o has 5 blocks of 2 .* lora"):
-        check_blocks(dataclasses.replace(cfg, head_dim=10))
+        lora.check_blocks(dataclasses.replace(cfg, head_dim=10))
     mesh = AbstractMesh((1, 4, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 3)
     with (
         jax.sharding.use_abstract_mesh(mesh),
         pytest.raises(ValueError, match=r"D=128 of layers/attention/q has 2 blocks of 64 .*fsdp=4"),
     ):
-        check_blocks(cfg)
+        lora.check_blocks(cfg)
 
 
 def plain(base):
     """The parameters that a quantized base stands for."""
     return jax.tree.map(
-        lambda x: dequantize(x, "float32") if isinstance(x, Quantized) else x,
+        lambda x: lora.dequantize(x, "float32") if isinstance(x, lora.Quantized) else x,
         base,
-        is_leaf=lambda x: isinstance(x, Quantized),
+        is_leaf=lambda x: isinstance(x, lora.Quantized),
     )
 
 
@@ -159,7 +151,7 @@ def plain(base):
     + [pytest.param("nf4", remat, marks=pytest.mark.slow) for remat in ("none", "dots", "full")],
 )
 def test_the_model_is_that_of_the_dequantized_weights(cfg, params, kind, remat):
-    base = freeze(jax.tree.map(jnp.asarray, params), kind, cfg.dtype)
+    base = lora.freeze(jax.tree.map(jnp.asarray, params), kind, cfg.dtype)
     adapters = random_adapters(cfg, ALL)
     got = computed(cfg, base, adapters, tokens_of(), remat)
     assert_same(got, computed(cfg, plain(base), adapters, tokens_of()), 1e-5)
@@ -173,11 +165,11 @@ def test_the_model_is_that_of_the_dequantized_weights(cfg, params, kind, remat):
 def test_a_base_is_the_same_on_every_mesh(cfg, params, kind):
     with jax.set_mesh(NO_MESH):
         adapters = random_adapters(cfg, ALL)
-        whole = freeze(jax.tree.map(jnp.asarray, params), kind, cfg.dtype)
+        whole = lora.freeze(jax.tree.map(jnp.asarray, params), kind, cfg.dtype)
         wanted = computed(cfg, whole, adapters, tokens_of(), "full")
     params, adapters, tokens = on_mesh(cfg, params, ALL, adapters)
     shardings = jax.tree.map(lambda x: x.sharding, params)
-    base = freeze(params, kind, cfg.dtype)
+    base = lora.freeze(params, kind, cfg.dtype)
     assert not params
     for a, b in zip(jax.tree.leaves(base), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b))
@@ -196,8 +188,8 @@ def test_never_more_than_a_layer_is_there_in_full(cfg, remat):
 
     def held(n_layers):
         deep = dataclasses.replace(cfg, num_hidden_layers=n_layers)
-        base = jax.eval_shape(lambda p: freeze(p, "nf4", cfg.dtype), abstract_params(deep))
-        adapters = abstract_adapters(deep, ALL)
+        base = jax.eval_shape(lambda p: lora.freeze(p, "nf4", cfg.dtype), abstract_params(deep))
+        adapters = lora.abstract_adapters(deep, ALL)
 
         def total(adapters, base):
             states = hidden(deep, base, tokens_of((1, 4)), adapters=adapters, lora=ALL, remat=remat)
