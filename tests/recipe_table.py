@@ -69,12 +69,8 @@ DPO: Fields = EVERY | {
     "train.eval_every": 100,
 }
 # What the originals feed to the model, and what we do.
-ENDS: Fields = {
-    "chat.append_eos": True,
-    "chat.empty_system": True,
-    "chat.parse_special": True,
-    "train.keep_checkpoints": 1,
-}
+ENDS: Fields = {"chat.append_eos": True, "chat.empty_system": True, "chat.parse_special": True}
+ENDS |= {"train.keep_checkpoints": 1}
 STREAM = ENDS | {"chat.bos": True, "train.eval_every": 0}
 STREAM |= {"chat.loss_on": "all", "data.packing": "concat"}
 OURS: Fields = {
@@ -89,27 +85,12 @@ OURS: Fields = {
 OURS_SFT = OURS | {"chat.loss_on": "assistant", "data.packing": "best_fit"}
 OURS_SFT |= {"train.eval_every": 500}
 # TRL before 0.7.5 or so: no BOS, the header in the prompt; three epochs at beta 0.1
-OLD_DPO = ENDS | {
-    "chat.bos": False,
-    "chat.score_header": False,
-    "dpo.beta": 0.1,
-    "optim.schedule": "linear",
-    "train.epochs": 3,
-}
-NEW_DPO = ENDS | {
-    "chat.bos": True,
-    "chat.score_header": True,
-    "dpo.beta": 0.01,
-    "optim.schedule": "cosine",
-    "train.epochs": 1,
-}
-ATTENTION_LORA: Fields = {
-    "lora.rank": 64,
-    "lora.alpha": 16.0,
-    "lora.dropout": 0.1,
-    "lora.targets": ("q", "k", "v", "o"),
-    "lora.base": "full",
-}
+OLD_DPO = ENDS | {"chat.bos": False, "chat.score_header": False}
+OLD_DPO |= {"dpo.beta": 0.1, "optim.schedule": "linear", "train.epochs": 3}
+NEW_DPO = ENDS | {"chat.bos": True, "chat.score_header": True}
+NEW_DPO |= {"dpo.beta": 0.01, "optim.schedule": "cosine", "train.epochs": 1}
+ATTENTION_LORA: Fields = {"lora.rank": 64, "lora.alpha": 16.0, "lora.dropout": 0.1}
+ATTENTION_LORA |= {"lora.targets": ("q", "k", "v", "o"), "lora.base": "full"}
 SFT_LORA: Fields = {
     "lora.rank": 16,
     "lora.alpha": 16.0,

@@ -66,13 +66,9 @@ def test_a_revision_is_pinned(hub, folder):
     repo.refs["v1"] = first
     config = json.loads(files["config.json"]) | {"rms_norm_eps": 0.5}
     second = repo.commit(files | {"config.json": json.dumps(config).encode()})
-    for name, commit in (
-        (NAME, second),
-        (f"{NAME}@v1", first),
-        (f"{NAME}@{first}", first),
-        (f"{NAME}@main", second),
-    ):
-        path = download(name)
+    of = {"": second, "@v1": first, f"@{first}": first, "@main": second}
+    for revision, commit in of.items():
+        path = download(NAME + revision)
         assert path.name == commit
         assert (load_hf(path)[0].rms_norm_eps == 0.5) == (commit == second)
     assert load_model(f"{NAME}@v1").lineage["lineage"] == [f"ported from {NAME}@{first}"]

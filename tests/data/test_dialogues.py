@@ -171,13 +171,8 @@ def test_every_shape_becomes_the_same_labeled_answer(shape):
             assert labeled(row) == ({**record, "label": label}, counts)
             [parquet, _] = of_parquet(row, {**row, "source": "x", "system": "y"})
             assert labeled(parquet) == ({**record, "label": label}, counts)
-    row = {
-        **LABELED[shape],
-        "label": True,
-        "system": "Be brief.",
-        "source": "web",
-        "prompt_id": "7",
-    }
+    row = LABELED[shape] | {"label": True, "system": "Be brief."}
+    row |= {"source": "web", "prompt_id": "7"}
     record, _ = labeled(row)
     assert record["messages"] == [system(), *TURNS]
     assert (record["source"], record["prompt_id"]) == ("web", "7")

@@ -152,9 +152,7 @@ def test_numbers_that_a_loss_does_not_read_change_nothing_and_are_refused(name):
         if not read:
             with pytest.raises(ValueError, match=rf"dpo.{next(iter(other))}.*{name}"):
                 preference.DpoConfig(loss=name, **plain | other, **lengths)
-    if (
-        name in preference.REFERENCE_FREE
-    ):  # in a sum with a loss that reads it, a divergence is that loss's
+    if name in preference.REFERENCE_FREE:  # in a sum, a divergence is of the loss that reads it
         preference.DpoConfig(loss={name: 1, "hinge": 1}, beta=0.1, divergence="js", **lengths)
 
 

@@ -138,12 +138,8 @@ def sft(tmp_path):
     write(folder / "dataset_info.json", {})
     split = {"rows": 12, "documents": 345, "tokens": 2900, "target_tokens": 1234}
     split |= {"padding_share": 0.0567, "truncated": 3}
-    manifest = {
-        "seq_len": 256,
-        "made_from": {"stage": "sft"},
-        "pairs_per_row": 0,
-        "splits": {"train": split, "eval": split},
-    }
+    manifest = {"seq_len": 256, "made_from": {"stage": "sft"}, "pairs_per_row": 0}
+    manifest |= {"splits": {"train": split, "eval": split}}
     write(data / "packed/sft-1/manifest.json", manifest)
     return root
 
@@ -199,12 +195,8 @@ def test_a_run_report_shows_what_was_learned_from_what(sft):
     for words in itertools.chain(
         ["6 of 6 steps done", "resumed after step 4", "6.6543", "best, step 6 4.3219"],
         ["all starts 40 s", "goodput 75%", "MFU 40%", "target tokens/s 500"],
-        [
-            "Started 2026-01-02 03:04 +0000, 2026-01-02 03:04 +0000",
-            "Host pod-b and 3 more",
-            "16 x TPU v4 (tpu)",
-        ],
-        ["Commit abc-dirty", f"Run folder {sft}", "jax 0.1.2"],
+        ["Started 2026-01-02 03:04 +0000, 2026-01-02 03:04 +0000", "Host pod-b and 3 more"],
+        ["16 x TPU v4 (tpu)", "Commit abc-dirty", f"Run folder {sft}", "jax 0.1.2"],
         ["0.125", "seed 0 77", "random weights", "abc123", "SFT by <b>somebody</b>"],
         ["kept for train_sft 150 75%", "dropped 30 15%", "345", "1,234", "5.7%", "17", "21"],
         [EVIL_ESCAPED, "chosen 9: x rejected 1: y", "(dropped)", "Is & so"],
@@ -258,10 +250,8 @@ def test_a_run_that_has_hardly_begun_has_a_report(dpo, undrawn):
 
 def test_a_report_over_metrics_with_gaps_says_so(sft, undrawn):
     assert "metrics.jsonl" not in read(write_run_report(sft)).text
-    rows = [
-        {"step": 0, "split": "eval", "eval_loss": 3.0},
-        *(train_row(n, n) for n in (10, 20, 40)),
-    ]
+    rows = [{"step": 0, "split": "eval", "eval_loss": 3.0}]
+    rows += [train_row(n, n) for n in (10, 20, 40)]
     path = write_rows(sft / "metrics.jsonl", rows)
     (sft / "metrics.damaged-1.jsonl").touch()
     path.write_bytes(path.read_bytes().replace(b'"eval"', b'"eval'))
@@ -323,12 +313,8 @@ def test_the_demos_report_shows_both_runs_and_the_answers(demo, undrawn):
         ["87.7%", "54.3%", "91.2%", "3 held-out pairs", "1 min 4 s", "1 h 3 min"],
         ["4.3219", "6 of 6 steps done", "10 of 50 steps so far", "Mean 1.833"],
         ["(rejected form) 0% 86.4% 1.4%"],
-        [
-            "All of it is synthetic",
-            f"--model={demo}/hf --chat",
-            EVIL_ESCAPED,
-            "fact 1 0% 100% 100%",
-        ],
+        ["All of it is synthetic", f"--model={demo}/hf --chat", "fact 1 0% 100% 100%"],
+        [EVIL_ESCAPED],
     ):
         assert words in page.text, words
     assert "short run" not in page.text

@@ -23,13 +23,8 @@ from zephyr_jax.weights.gguf import export_gguf
 from zephyr_jax.weights.huggingface import export_hf, hf_layout, load_hf
 from zephyr_jax.weights.safetensors import SafetensorsReader
 
-SIZES = {
-    "vocab_size": 100,
-    "hidden_size": 48,
-    "intermediate_size": 60,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-}
+SIZES = {"vocab_size": 100, "hidden_size": 48, "intermediate_size": 60}
+SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 8}
 tok, cfg, params = port_files.tok, port_files.cfg, port_files.params
 
 
