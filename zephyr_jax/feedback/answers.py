@@ -21,12 +21,7 @@ from zephyr_jax.data.raw.schema import Row, prompt_digest
 from zephyr_jax.data.raw.sources import find_sources
 from zephyr_jax.evaluation import endpoints
 from zephyr_jax.evaluation.endpoints import Cache, Request, Spending
-from zephyr_jax.feedback.config import (
-    SYSTEM_PROMPTS,
-    AskedConfig,
-    FeedbackConfig,
-    PromptsConfig,
-)
+from zephyr_jax.feedback.config import SYSTEM_PROMPTS, AskedConfig, FeedbackConfig, PromptsConfig
 from zephyr_jax.storage import files_below
 from zephyr_jax.weights.checkpoint import Model, workdir_and_steps
 from zephyr_jax.weights.sources import load_model, resolve
