@@ -47,6 +47,7 @@ class Chip(NamedTuple):
     clock_hz: float
     options: dict[str, str]  # that the topology is asked for with
     compiler: dict[str, str]  # options of the compiler for a step (docs/speed.md: what each gives)
+    keeps_hidden: bool = True  # reading an MLP's gate and up takes less time than computing them
 
 
 _MEGACORE = {"chip_config_name": "megacore"}
@@ -78,7 +79,7 @@ CHIPS = {
     "v4": Chip("TPU v4", 1, 275e12, 1228e9, 30.75, 45e9, 4, 6.25e9, 1.05e9, _MEGACORE, {}),
     "v5e": Chip("TPU v5 lite", 1, 197e12, 819e9, 15.75, 45e9, 16, 3.125e9, 1.5e9, {}, _V5E),
     "v5p": Chip("TPU v5", 1, 459e12, 2765e9, 95.74, 90e9, 4, 6.25e9, 1.75e9, {}, _V5P),
-    "v6e": Chip("TPU v6 lite", 1, 918e12, 1640e9, 31.25, 90e9, 16, 12.5e9, 1.75e9, {}, _V6E),
+    "v6e": Chip("TPU v6 lite", 1, 918e12, 1640e9, 31.25, 90e9, 16, 12.5e9, 1.75e9, {}, _V6E, False),
     "tpu7x": Chip("TPU7x", 2, 1153.5e12, 3690e9, 94.75, 100e9, 4, 12.5e9, 2.2e9, {}, {}),
 }
 
@@ -88,13 +89,20 @@ _GPUS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 def peak_flops(kind: str) -> float | None:
     """Peak FLOP/s in bfloat16 of a device of this kind, as JAX names it; None: not known here."""
-    known = {chip.kind: chip.peak_flops for chip in CHIPS.values()}
-    return known.get(kind) or next((peak for part, peak in _GPUS.items() if part in kind), None)
+    if chip := chip_of(kind):
+        return chip.peak_flops
+    return next((peak for part, peak in _GPUS.items() if part in kind), None)
 
 
 def options_of(kind: str) -> dict[str, str]:
     """The compiler's options for a step on devices of this kind; none if it is not known here."""
-    return next((dict(chip.compiler) for chip in CHIPS.values() if chip.kind == kind), {})
+    chip = chip_of(kind)
+    return dict(chip.compiler) if chip else {}
+
+
+def chip_of(kind: str) -> Chip | None:
+    """The generation of devices of this kind, as JAX names it, if it is known here."""
+    return next((chip for chip in CHIPS.values() if chip.kind == kind), None)
 
 
 @functools.cache

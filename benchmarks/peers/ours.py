@@ -35,6 +35,8 @@ class _Reader:
 
 def make(kind: str, shape: work.Shape, weights: Any, data: Any) -> dict[str, work.Step]:
     """The steps of one kind of work."""
+    if not kind.startswith("generate"):
+        keep_freed_memory()  # as `train` does; before JAX starts its threads
     cfg = zj.MistralConfig.from_hf({"model_type": "mistral", **work.hf_config(shape)})
     cfg = dataclasses.replace(cfg, dtype="float32")
     params = hf_layout(cfg).read(_Reader(weights), "float32", param_shardings(cfg))
@@ -91,5 +93,4 @@ def _step(config: RunConfig, params: Any, batch: Any) -> work.Step:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()  # as `train` and `demo` do
     work.take_turns(make, ("jax", "zephyr_jax"))

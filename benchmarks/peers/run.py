@@ -50,7 +50,7 @@ PEERS = {
     ),
     "levanter": Peer(
         "levanter_sft.py",
-        ("levanter==1.2.dev1644", "haliax==1.4.dev453", "jax==0.7.2", "chex"),
+        ("levanter==1.2.dev1644", "haliax==1.4.dev453", "jax==0.7.2", "chex", "GitPython"),
         ("sft",),
     ),
     "tunix": Peer("tunix_llama.py", ("google-tunix==0.1.7",), (*TRAINING, *GENERATION)),

@@ -136,7 +136,8 @@ def make_case(
     """
     from zephyr_jax.training.sizes import Devices, fitted, rows_of, with_remat, with_train
 
-    devices = Devices(topology.devices, topology.slices, topology.chip.usable_gib)
+    chip = topology.chip
+    devices = Devices(topology.devices, topology.slices, chip.usable_gib, chip.keeps_hidden)
     rows = rows if rows and config.dpo else rows_of(config)
     if auto or config.mesh.auto:
         config = with_train(fitted(with_train(config, remat="full"), devices, rows), remat="auto")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
+from zephyr_jax.chips import chip_of
 from zephyr_jax.config.run import MeshConfig, RunConfig
 from zephyr_jax.models.parameters import count_params
 
@@ -29,6 +30,7 @@ class Devices(NamedTuple):
     number: int
     slices: int
     usable_gib: float | None  # of one device; None: unknown, micro-batches stay as they are
+    keeps_hidden: bool = True  # as of `Chip`
 
 
 def resolve_sizes(config: RunConfig, devices: Devices | None = None) -> RunConfig:
@@ -38,7 +40,9 @@ def resolve_sizes(config: RunConfig, devices: Devices | None = None) -> RunConfi
     if devices is None:
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         slices = {getattr(device, "slice_index", 0) for device in jax.devices()}
-        devices = Devices(jax.device_count(), len(slices), limit / 2**30 if limit else None)
+        chip, usable = chip_of(jax.devices()[0].device_kind), limit / 2**30 if limit else None
+        keeps_hidden = chip is None or chip.keeps_hidden
+        devices = Devices(jax.device_count(), len(slices), usable, keeps_hidden)
     if config.mesh.auto:
         config = fitted(config, devices, rows_of(config))
     config = with_remat(config, devices, rows_of(config))
@@ -90,7 +94,8 @@ def with_remat(config: RunConfig, devices: Devices, rows: int) -> RunConfig:
     sized = dataclasses.replace(config, mesh=config.mesh.sized(devices.number))
     usable = _FILLED * (devices.usable_gib or 0.0)  # full where it is not known
     for remat in LEAST_FIRST:
-        if estimated_gib(with_train(sized, remat=remat), rows) <= usable:
+        fits = estimated_gib(with_train(sized, remat=remat), rows) <= usable
+        if fits and (devices.keeps_hidden or "gate" not in remat):
             return with_train(config, remat=remat)
     return with_train(config, remat="full")
 
