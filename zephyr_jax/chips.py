@@ -139,8 +139,8 @@ def keep_programs(shared: str | os.PathLike[str] = "") -> None:
 def keep_freed_memory() -> None:
     """Makes the C library (glibc) keep what is freed, where no accelerator is there to compute.
 
-    XLA frees a step's buffers, and the next step has them mapped and zeroed page by page again: a
-    tenth to a sixth of its time on a CPU. It counts for threads that do not run yet.
+    Mapping and zeroing a step's buffers page by page again is a tenth to a sixth of its time on a
+    CPU. It counts for threads that do not run yet.
     """
     there = any(glob.glob(f"/dev/{name}") for name in _ACCELERATORS)
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)

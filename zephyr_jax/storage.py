@@ -246,7 +246,7 @@ def _held_in_bucket(path: epath.Path) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        place.unlink()
+        place.unlink(missing_ok=True)
 
 
 def seal(folder: str | os.PathLike[str], names: Sequence[str] = ("",)) -> None:
