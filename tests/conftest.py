@@ -48,9 +48,18 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
 from zephyr_jax.data.packing import packing
+from zephyr_jax.data.text import chat
 from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 from zephyr_jax.demo import corpus
 from zephyr_jax.types import Rows
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_trials():
+    """Chat templates of tests are not tried in a process of their own, but for a test of that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat, "trial", lambda *_: "")
+        yield
 
 
 @pytest.fixture(scope="session")

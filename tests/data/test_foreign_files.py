@@ -11,6 +11,8 @@ from safetensors.numpy import save
 from sample_templates import byte_level_files, write_chatml
 from test_properties import any_input, changed, damaged
 
+from zephyr_jax.data import tokenizer_files
+from zephyr_jax.data.text import chat
 from zephyr_jax.data.text.chat import render_chat
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.weights.gguf_reader import GgufReader, load_gguf
@@ -129,6 +131,30 @@ def write_tokenizer(folder, **changes):
         (folder / name).write_bytes(content)
     path = folder / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+TWICE = "{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"
+NESTED = "{% for a in m.content %}{% for b in m.content %}{% for c in m.content %}"
+FOREVER = {
+    "ranges": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "product": "{{ 'a' * 99999999999 }}",
+    "folded": "{{ 10 ** (10 ** 10) }}",  # by Jinja when it compiles
+    "doubled": "{% set ns = namespace(s='a') %}" + TWICE,
+    "long": "{% for m in messages %}" + NESTED + "{% endfor %}" * 4,
+    "filter": "{{ lipsum(n=10**9) }}",
+}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in FOREVER]
+
+
+@pytest.mark.parametrize("name", ["ranges", "product", *SLOW[2:]])
+def test_a_chat_template_without_end_is_refused(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(chat, "trial", tokenizer_files.trial)
+    write_tokenizer(tmp_path)
+    render_chat(Tokenizer.from_folder(tmp_path), CHAT)  # its own template ends
+    monkeypatch.setattr(tokenizer_files, "TRIAL_SECONDS", 1)
+    (tmp_path / "chat_template.jinja").write_text(FOREVER[name])
+    with pytest.raises(ValueError, match="chat template cannot be used: it takes more than 1 s"):
+        render_chat(Tokenizer.from_folder(tmp_path), CHAT)
 
 
 def test_patterns_that_backtrack_and_huge_ids_are_refused(tmp_path):

@@ -3,12 +3,15 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import http.client
 import json
 import select
 import socket
+import sys
 import threading
 import time
+from pathlib import Path
 
 import openai
 import pytest
@@ -22,6 +25,10 @@ from zephyr_jax.inference import server as serving
 from zephyr_jax.inference.replies import ServedModel
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.inference.server import Engine, make_app
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "dev"))
+
+import hostile
 
 CHAT = [{"role": "user", "content": "what is the color of the lorn?"}]
 GREEDY = {"messages": CHAT, "temperature": 0, "max_tokens": 12}
@@ -291,44 +298,6 @@ def test_a_defect_is_reported_and_the_next_request_is_answered(port, monkeypatch
     assert content_of(status, text, False) == greedy
 
 
-PATH = "/v1/chat/completions"
-# Headers, body, and the status that answers them.
-HOSTILE = [
-    ({"Content-Type": "text/plain"}, GREEDY, 415),
-    (JSON | {"Origin": "http://evil.example"}, GREEDY, 403),
-    (JSON | {"Host": "evil.example"}, GREEDY, 403),
-    (JSON, b"[" * 200_000, 400),
-    (JSON, b'{"a": ' + b"1" * 5000 + b"}", 400),
-    (JSON, b"\xff\xfe\x00", 400),
-    (JSON, b" " * (serving.MAX_BODY + 1), 413),
-]
-CASES = {
-    "messages": (CHAT * 11_000, [{"role": "user", "content": "a" * 10**6}]),
-    "stop": (["a" * 1000] * 17,),
-    "structured_outputs": ({"regex": "(" * 50_000}, {"grammar": "start: " + "(" * 50_000}),
-    "logit_bias": ({"9" * 5000: 1},),
-}
-HOSTILE += [(JSON, GREEDY | {name: value}, 400) for name, own in CASES.items() for value in own]
-
-
-def attack(port, i):
-    """One hostile request; every fourth client leaves while it sends or waits."""
-    headers, body, status = HOSTILE[i % len(HOSTILE)]
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    try:
-        if i % 4 == 3:
-            connection.request("POST", PATH, json.dumps(LONG | {"stream": True}), JSON)
-            return
-        data = body if isinstance(body, bytes) else json.dumps(body)
-        connection.request("POST", PATH, data, headers)
-        got = connection.getresponse().status
-        assert got in (status, 429), (got, status, body[:80])
-    except (BrokenPipeError, ConnectionResetError):
-        assert status == 413  # which is answered before all is sent
-    finally:
-        connection.close()
-
-
 def answered(port, greedy):
     """Asks until the queue has room."""
     while True:
@@ -338,30 +307,19 @@ def answered(port, greedy):
         time.sleep(0.02)
 
 
-def resident():
-    """Bytes of this process, in which the server runs, too."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
-
-
-@pytest.mark.parametrize("n", [52, pytest.param(1000, marks=pytest.mark.slow)])
-def test_good_requests_are_answered_among_hostile_ones(server, greedy, n):
+def test_good_requests_are_answered_among_hostile_ones(server, greedy):
     engine, port = server
-    for i in range(len(HOSTILE)):
-        attack(port, i)
-    before = resident()
+    quick = [i for i, (*_, how) in enumerate(hostile.ATTACKS) if how in ("read", "end")]
     with concurrent.futures.ThreadPoolExecutor(9) as pool:
-        good = [pool.submit(answered, port, greedy) for _ in range(n // 20)]
-        attacks = [pool.submit(attack, port, i) for i in range(n)]
+        good = [pool.submit(answered, port, greedy) for _ in range(3)]
+        wrong = [*filter(None, pool.map(functools.partial(hostile.attack, port), quick))]
         assert all(future.result() for future in good)
-        for future in attacks:
-            future.result()
+    assert not wrong
     until(lambda: not engine.waiting)
     assert answered(port, greedy)
-    assert resident() - before < 100 << 20
 
 
-HEAD = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])

@@ -15,7 +15,7 @@ from conftest import random_params
 from starlette.testclient import TestClient
 
 import zephyr_jax as zj
-from zephyr_jax.inference import replies
+from zephyr_jax.data import tokenizer_files
 from zephyr_jax.inference.generate import adds_bos
 from zephyr_jax.inference.replies import ServedModel
 from zephyr_jax.inference.requests import MAX_ROWS, Refusal, read
@@ -107,8 +107,8 @@ INVALID = {
         ({"regex": "a", "choice": ["a"]}, "exclude each other"),
         ({"regex": "x" * 100_001}, "more than 100000 characters"),
     ],
-    "guided_regex": [("a", "not supported by this server")],
-    "x" * 60: [(1, "not supported by this server")],
+    "guided_regex": [("a", "not supported here")],
+    "x" * 60: [(1, "not supported here")],
 }  # fmt: skip
 
 
@@ -123,11 +123,11 @@ def test_an_invalid_field_is_named(served, name):
 
 
 def test_a_grammar_that_takes_too_long_to_compile_is_refused(served, monkeypatch):
-    monkeypatch.setattr(replies, "GRAMMAR_SECONDS", 0.5)
+    monkeypatch.setattr(tokenizer_files, "TRIAL_SECONDS", 1)
     schema = {"allOf": [{"type": "string", "pattern": f"a{i}.*b{i}"} for i in range(100)]}
     for fields in ({"regex": ".*" * 20_000}, {"json": schema}):
         error = refusal_of({"messages": CHAT, "structured_outputs": fields}, served)
-        assert "takes more than 0 seconds to compile" in error["message"]
+        assert "it takes more than 1 seconds or 1 GiB" in error["message"]
 
 
 @pytest.mark.parametrize("chat", [True, False])

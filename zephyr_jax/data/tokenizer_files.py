@@ -6,7 +6,10 @@ Of a SentencePiece model and tokens added to it a tokenizer.json is made, as by 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -33,7 +36,17 @@ REWRITTEN = {
     "normalizer": {"type": "Sequence", "normalizers": [_SPACES, _DOUBLED]},
     "pre_tokenizer": _META | {"prepend_scheme": "always"},
 }
+TRIAL_SECONDS = 5  # of a processor that untrusted input may take
 ModelProto: Any = getattr(sentencepiece_model_pb2, "ModelProto")  # noqa: B009  # made at import
+
+
+@functools.lru_cache(64)
+def trial(program: str, text: str) -> str:
+    """Runs a program on untrusted input in a process that may be killed; says if it was."""
+    shell = f'ulimit -t {TRIAL_SECONDS}; ulimit -d {1 << 20}; exec "$0" -P -c "$1"'  # s, KiB
+    words = ["sh", "-c", shell, sys.executable, program]
+    status = subprocess.run(words, input=text.encode(), capture_output=True).returncode
+    return f"it takes more than {TRIAL_SECONDS} seconds or 1 GiB; simplify it" if status else ""
 
 
 @contextlib.contextmanager

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import subprocess
-import sys
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,13 +14,12 @@ from absl import logging
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from zephyr_jax.data.text.json_tokenizer import JsonTokenizer
-from zephyr_jax.data.tokenizer_files import tokenizer_json
+from zephyr_jax.data.tokenizer_files import tokenizer_json, trial
 from zephyr_jax.inference.decoding import CHUNK, decode, prompt_logps, rounded
 from zephyr_jax.inference.generate import Reply
 from zephyr_jax.inference.sampling import SamplingParams, TokenLogps
 
 MAX_GRAMMAR = 100_000  # characters of a request's grammar
-GRAMMAR_SECONDS = 5.0  # that a grammar may take to be compiled, for text of single bytes
 _TRIAL = """
 import sys, llguidance
 matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), sys.stdin.read(), log_level=0)
@@ -106,22 +103,10 @@ def grammar(served: ServedModel, kind: str, value: Any) -> str:
         rules = matcher.grammar_from_lark(value)
     else:
         raise ValueError(f"{kind} is not json, json_object, regex, choice or grammar")
-    _try(rules)
-    if wrong := matcher.validate_grammar(rules):
+    if wrong := trial(_TRIAL, rules) or matcher.validate_grammar(rules):
         raise ValueError(" ".join(wrong.split()))
     _Grammars(served, rules, 1)  # some allow no text at all
     return rules
-
-
-@functools.lru_cache(64)
-def _try(rules: str) -> None:
-    """Compiles rules in a process of its own, since short ones may take hours and gigabytes."""
-    command = [sys.executable, "-I", "-c", _TRIAL]
-    try:
-        subprocess.run(command, input=rules.encode(), capture_output=True, timeout=GRAMMAR_SECONDS)
-    except subprocess.TimeoutExpired as error:
-        message = f"it takes more than {GRAMMAR_SECONDS:.0f} seconds to compile; simplify it"
-        raise ValueError(message) from error
 
 
 class _Grammars:

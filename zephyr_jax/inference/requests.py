@@ -259,20 +259,17 @@ def read(body: Any, chat: bool, served: ServedModel) -> GenerationRequest:
     )
 
 
-def _short(value: Any) -> str:
-    return f"{json.dumps(value):.60}"
-
-
 def _validated(kind: type[_Body], body: Any, served: ServedModel) -> Any:
     """The fields of a request, none of which is ignored unless it asks for nothing."""
     if not isinstance(body, dict):
         raise Refusal("the body must be a JSON object")
     if body.get("model") not in (None, served.name):
-        message = f"the model {_short(body['model'])} does not exist; the only one is {served.name}"
+        message = f"{json.dumps(body['model']):.60} does not exist; the only model is {served.name}"
         raise Refusal(message, "model", "model_not_found", 404)
     for name, value in body.items():
-        if name not in kind.model_fields and not _asks_for_nothing(name, value):
-            message = f"{name:.60}={_short(value)} is not supported by this server; leave it out"
+        nothing = value in _NEUTRAL[name] if name in _NEUTRAL else not value
+        if not (nothing or value is None or name in {*kind.model_fields, *_HARMLESS.split()}):
+            message = f"{name:.60}={json.dumps(value):.60} is not supported here; leave it out"
             raise Refusal(message, name[:60], "unsupported_parameter")
     try:
         return kind.model_validate(body)
@@ -280,14 +277,8 @@ def _validated(kind: type[_Body], body: Any, served: ServedModel) -> Any:
         # Of the alternatives of a union the one that got furthest.
         error = max(errors.errors(include_url=False), key=lambda error: len(error["loc"]))
         name = str(error["loc"][0])
-        message = f"{name}={_short(body.get(name))} is not valid: {error['msg']}"
+        message = f"{name}={json.dumps(body.get(name)):.60} is not valid: {error['msg']}"
         raise Refusal(message, name) from errors
-
-
-def _asks_for_nothing(name: str, value: Any) -> bool:
-    if value is None or name in _HARMLESS.split():
-        return True
-    return value in _NEUTRAL[name] if name in _NEUTRAL else not value
 
 
 def _ids(served: ServedModel, fields: Any, prompt: Any, name: str) -> list[int]:

@@ -105,7 +105,6 @@ def make_app(engine: Engine, token: str = "", cors: Sequence[str] = (), local: b
     """The ASGI application behind `token`, if any; with `local` for origins in `cors` alone."""
     model = {"id": engine.served.name, "object": "model", "created": int(time.time())}
     model |= {"owned_by": "zephyr_jax", "max_model_len": engine.served.cfg.max_position_embeddings}
-
     bodies = _Bodies(engine.served)
 
     async def health(_: Request) -> Response:
@@ -229,8 +228,7 @@ def _guarded(app: Any, token: str, origins: Sequence[str] | None) -> Any:
 def _refused(request: Request, error: Exception) -> Response:
     where = f"{request.method} {request.url.path}"
     if isinstance(error, HTTPException):
-        message = f"{where}: {error.detail}"
-        error = Refusal(message, status=error.status_code, headers=error.headers)
+        error = Refusal(f"{where}: {error.detail}", status=error.status_code, headers=error.headers)
     refusal = error if isinstance(error, Refusal) else Refusal(_FAILED, status=500)
     logging.info("%s: %d %.200s", where, refusal.status, " ".join(refusal.message.split()))
     return _json({"error": refusal.error}, refusal.status, refusal.headers)

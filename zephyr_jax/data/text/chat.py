@@ -20,6 +20,7 @@ import jinja2
 import jinja2.sandbox
 
 from zephyr_jax.data.text.tokenizer import Tokenizer
+from zephyr_jax.data.tokenizer_files import trial
 
 Messages = Sequence[Mapping[str, Any]]
 ROLES = ("system", "user", "assistant")
@@ -167,6 +168,8 @@ def check_messages(messages: Messages, roles: Sequence[str] = ROLES) -> Messages
 
 def compile_template(source: str, tokens: Mapping[str, str]) -> Callable[..., str]:
     """A function that renders messages; a template may call `tokens` by name, as `bos_token`."""
+    if source != CHAT_TEMPLATE and (wrong := trial(_TRIAL, json.dumps([source, {**tokens}]))):
+        raise ValueError(f"the chat template cannot be used: {wrong}")
     # `{% generation %}` marks an answer for other trainers: a block of its own, as `with` is.
     source = re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})", r"\1with", source)
     try:
@@ -191,7 +194,19 @@ def compile_template(source: str, tokens: Mapping[str, str]) -> Callable[..., st
 _ROLES = ("system", "user", "assistant", "user")
 _TEXTS = (" Be brief.\n", "\n Which one? ", " This.\n", "Why?")
 _SAMPLE = [{"role": role, "content": x} for role, x in zip(_ROLES, _TEXTS, strict=True)]
-_SAMPLES = ((_SAMPLE, True), (_SAMPLE[:3], False), (_SAMPLE[1:], True), (_SAMPLE[1:3], False))
+_LONG = [{**message, "content": message["content"] * 200} for message in _SAMPLE[1:3] * 50]
+SAMPLES = ((_SAMPLE, True), (_SAMPLE[:3], False), (_SAMPLE[1:], True), (_LONG, False))
+_TRIAL = """
+import json, sys
+from zephyr_jax.data.text import chat
+arguments = json.load(sys.stdin)
+chat.trial = lambda *_: ""
+for sample in chat.SAMPLES:
+    try:
+        chat.compile_template(*arguments)(*sample)
+    except ValueError as error:
+        assert "MemoryError" not in str(error)
+"""
 
 
 def renders_as_zephyr(source: str, theirs: Mapping[str, str], ours: Mapping[str, str]) -> bool:
@@ -202,7 +217,7 @@ def renders_as_zephyr(source: str, theirs: Mapping[str, str], ours: Mapping[str,
         return all(
             zephyr(*sample).removeprefix(ours["bos_token"])
             == other(*sample).removeprefix(theirs["bos_token"])
-            for sample in _SAMPLES
+            for sample in SAMPLES
         )
     except ValueError:
         return False
