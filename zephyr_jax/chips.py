@@ -96,8 +96,7 @@ def peak_flops(kind: str) -> float | None:
 
 def options_of(kind: str) -> dict[str, str]:
     """The compiler's options for a step on devices of this kind; none if it is not known here."""
-    chip = chip_of(kind)
-    return dict(chip.compiler) if chip else {}
+    return dict(getattr(chip_of(kind), "compiler", {}))
 
 
 def chip_of(kind: str) -> Chip | None:
@@ -145,16 +144,14 @@ def keep_freed_memory() -> None:
     there = any(glob.glob(f"/dev/{name}") for name in _ACCELERATORS)
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option and (os.environ.get("JAX_PLATFORMS") == "cpu" or not there):
-        arenas, mapped, trimmed = -8, -4, -1
-        for option, value in ((arenas, 1), (mapped, 0), (trimmed, -1)):
+        for option, value in ((-8, 1), (-4, 0), (-1, -1)):  # arenas, mappings, what is trimmed
             set_option(option, value)
 
 
 def _prune(folder: Path) -> None:
     """Creates the cache folder; removes programs that were not used for long, or written in part.
 
-    JAX writes the time of use after the program, fails over a program without it, and looks at all
-    of them whenever it adds one.
+    JAX fails over a program without its time of use, and looks at all of them when it adds one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lockfile", timeout=10):  # JAX's own

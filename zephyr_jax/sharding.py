@@ -1,4 +1,4 @@
-"""The device mesh, explicit and ambient (`jax.set_mesh`), and the table of logical axes.
+"""The device mesh, explicit and ambient (`jax.set_mesh`), its compiler's options, logical axes.
 
 Without a mesh `spec` returns None and the same code runs on one device.
 """
@@ -10,10 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from zephyr_jax.chips import options_of
 from zephyr_jax.config.run import MeshConfig
 
 AXES = ("data", "fsdp", "tensor")  # of every mesh; `context` is an optional fourth
@@ -156,3 +159,39 @@ def named_sharding(partition: PartitionSpec | None) -> jax.sharding.Sharding:
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
     mesh = jax.sharding.get_mesh()
     return NamedSharding(jax.sharding.get_abstract_mesh() if mesh.empty else mesh, partition)
+
+
+def step_options(more: str | dict[str, str] = "auto") -> dict[str, str] | None:
+    """The `compiler_options` that this compiler takes, for `jax.jit`."""
+    options = compiler_options(more) or None
+    if options and not jax.sharding.get_mesh().empty:  # else no device compiles it
+        options = usable_options(options)
+    return options
+
+
+def compiler_options(more: str | dict[str, str] = "auto") -> dict[str, str]:
+    """The compiler's options for the ambient mesh's devices, none but on TPU.
+
+    `more` is `train.compiler_options`: a dict adds to them, "none" switches them off.
+    """
+    if platform() != "tpu" or more == "none":
+        return {}
+    return options_of(device_of_mesh().device_kind) | (more if isinstance(more, dict) else {})
+
+
+def usable_options(options: dict[str, str], on: Sequence[str] = ("tpu",)) -> dict[str, str]:
+    """Those of the options that this compiler takes; a line in the log for each other one."""
+    options = dict(options)
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=named_sharding(spec("")))
+    while options:
+        try:
+            program = jax.jit(jnp.negative, compiler_options=options).trace(number)
+            program.lower(lowering_platforms=tuple(on)).compile()
+            break
+        except jax.errors.JaxRuntimeError as error:
+            unknown = next((name for name in options if name in str(error)), None)
+            if unknown is None:
+                raise
+            value = options.pop(unknown)
+            logging.warning("this compiler does not take %s=%s: it is left out", unknown, value)
+    return options

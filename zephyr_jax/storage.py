@@ -175,8 +175,7 @@ def lock(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]:
     """Holds `path`, which need not exist, until the block ends.
 
     A ValueError names the process that holds it, unless the block shall `wait`. The lock of a dead
-    process is taken over; from another host, and in a bucket, when it was not renewed for _STALE
-    seconds.
+    process is taken over; on another host, and in a bucket, if _STALE seconds did not renew it.
     """
     if is_remote(path):
         with _held_in_bucket(epath.Path(path)):
@@ -222,31 +221,31 @@ def _held_in_bucket(path: epath.Path) -> Iterator[None]:
         return ""
 
     def renew() -> None:
-        place.write_text(f"{mine}{time.time()}\n")
-
-    def renewing() -> None:
-        while not ended.wait(_STALE / 5):
+        while not ended.is_set():
             try:
-                renew()
+                place.write_text(f"{mine}{time.time()}\n")
             except Exception as error:  # of a network, which comes back
                 logging.warning("the lock of %s is not renewed: %s", path, error)
+            ended.wait(_STALE / 5)
 
+    thread = threading.Thread(target=renew, daemon=True)
     first, end = other(), time.monotonic() + _STALE
     while first and other() == first and time.monotonic() < end:
         time.sleep(_STALE / 30)
-    if other() in ("", first):
-        renew()
-        time.sleep(_STALE / 30)
-    if holder := other().partition("\n")[0]:
-        raise ValueError(f"{path} is in use by {holder}: {_WAY_OUT}")
-    thread = threading.Thread(target=renewing, daemon=True)
-    thread.start()
+    taken = other() not in ("", first)
     try:
+        if not taken:
+            thread.start()
+            time.sleep(_STALE / 30)
+        if holder := other().partition("\n")[0]:
+            raise ValueError(f"{path} is in use by {holder}: {_WAY_OUT}")
         yield
     finally:
         ended.set()
-        thread.join()
-        place.unlink(missing_ok=True)
+        if not taken:
+            thread.join()
+        if not other():
+            place.unlink(missing_ok=True)
 
 
 def seal(folder: str | os.PathLike[str], names: Sequence[str] = ("",)) -> None:

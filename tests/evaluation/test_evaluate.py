@@ -168,13 +168,13 @@ def test_a_tie_is_decided_on_tokens_whatever_rounding_says(models, tmp_path, mon
         for n in range(4)
     ]
     prepare("preferences", write(tmp_path / "own.jsonl", rows * 20), tmp_path)
-    compute = scoring._score
+    compute = scoring.program(scoring._score)
 
     def rounded(cfg, params, rows, branched):
         apart = np.where(rows.branches == 2, np.where(rows.segments % 2, 1e-5, -1e-5), 0)
         return compute(cfg, params, rows, branched) + np.where(rows.loss_mask, apart, 0)
 
-    monkeypatch.setattr(scoring, "_score", rounded)
+    monkeypatch.setattr(scoring, "program", lambda _: rounded)
     for both in (models[:1], models):
         sets = select_records(str(tmp_path), "preferences/own", "train_prefs")
         documents = pack_records(sets, models[0].tokenizer, RENDERINGS[DPO], SEQ_LEN)
@@ -203,7 +203,7 @@ def test_scores_that_are_not_finite_or_of_unknown_tokens_are_no_result(models, p
     small = models[0]._replace(cfg=dataclasses.replace(models[0].cfg, vocab_size=9))
     with pytest.raises(ValueError, match=r"token id \d+, the model ids 0 to 8"):
         score(pairs[0], [small], 5)
-    monkeypatch.setattr(scoring, "_score", lambda *_: np.full((5, SEQ_LEN), np.nan))
+    monkeypatch.setattr(scoring, "program", lambda _: lambda *_: np.full((5, SEQ_LEN), np.nan))
     with pytest.raises(FloatingPointError, match="have no finite log-prob"):
         score(pairs[0], models[:1], 5)
 

@@ -8,8 +8,8 @@ from conftest import with_fields
 
 from zephyr_jax.chips import CHIPS
 from zephyr_jax.config.run import MeshConfig, load_config
+from zephyr_jax.sharding import compiler_options, usable_options
 from zephyr_jax.training.sizes import Devices, estimated_gib, resolve_sizes
-from zephyr_jax.training.steps import compiler_options, usable_options
 
 AUTO = MeshConfig(0, 0, 0)
 
@@ -94,16 +94,14 @@ def on_tpu(kind):
 
 def test_a_steps_compiler_options_are_those_of_the_chip_and_the_configs():
     vmem = "xla_tpu_scoped_vmem_limit_kib"
-    train = load_config("zephyr_7b_sft").train
-    assert compiler_options(train) == {}  # on CPU
+    assert compiler_options() == {}  # on CPU
     with on_tpu("TPU v5"):
-        assert compiler_options(train) == CHIPS["v5p"].compiler
+        assert compiler_options() == CHIPS["v5p"].compiler
         assert int(CHIPS["v5p"].compiler[vmem]) < 64 * 1024  # what a core has
-        other = dataclasses.replace(train, compiler_options={vmem: "20000"})
-        assert compiler_options(other) == CHIPS["v5p"].compiler | {vmem: "20000"}
-        assert compiler_options(dataclasses.replace(train, compiler_options="none")) == {}
+        assert compiler_options({vmem: "20000"}) == CHIPS["v5p"].compiler | {vmem: "20000"}
+        assert compiler_options("none") == {}
     with on_tpu("TPU v4"):
-        assert compiler_options(train) == {}
+        assert compiler_options() == {}
 
 
 def test_an_option_that_the_compiler_does_not_know_is_dropped_with_a_line(caplog):

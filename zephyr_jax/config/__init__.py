@@ -145,7 +145,7 @@ def _value(hint: Any, value: Any, path: str, root: Any) -> Any:
     choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     named = isinstance(value, dict) and all(isinstance(key, str) for key in value)
     for choice in choices:
-        if dataclasses.is_dataclass(choice) and named:
+        if isinstance(value, dict) and named and dataclasses.is_dataclass(choice):
             return build(choice, value, path, root)
         if choice is float and type(value) is int and abs(value) < 1e308:
             return float(value)
@@ -153,7 +153,7 @@ def _value(hint: Any, value: Any, path: str, root: Any) -> Any:
         if origin is tuple:  # JSON has lists only; one value stands for a tuple of one
             entries = value if isinstance(value, tuple | list) else (value,)
             return tuple(_value(item[0], entry, path, root) for entry in entries)
-        if origin is dict and named:
+        if isinstance(value, dict) and named and origin is dict:
             return {k: _value(item[1], entry, f"{path}.{k}", root) for k, entry in value.items()}
         if type(value) is choice:
             return value

@@ -98,7 +98,8 @@ def _score_rows(
         places[:, at, : len(row)] = np.reshape([(i, token) for _, i, token in row], (-1, 2)).T
     branched = bool(host.branches.any())
     inputs = jax.device_put((host, *places), named_sharding(spec("BT")))
-    logps, firsts = map(np.asarray, scoring.score_at(model.cfg, model.params, *inputs, branched))
+    score = scoring.program(scoring.score_at)
+    logps, firsts = map(np.asarray, score(model.cfg, model.params, *inputs, branched))
     for at, row in enumerate(targets):
         for i, (key, _, _) in enumerate(row):
             yield key, float(logps[at, i]), bool(firsts[at, i])

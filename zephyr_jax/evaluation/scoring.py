@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.models.mistral import ForwardOptions, as_module, token_scores
-from zephyr_jax.sharding import named_sharding, per_device, platform, reshard, spec
+from zephyr_jax.sharding import named_sharding, per_device, platform, reshard, spec, step_options
 from zephyr_jax.storage import is_remote
 from zephyr_jax.types import Params, Rows
 from zephyr_jax.weights.checkpoint import Model
@@ -218,7 +218,7 @@ def score(documents: ScoreSet, models: Sequence[Model], n_rows: int) -> Scored:
             parts = [[documents.documents[i] for i in indices] for indices in plan]
             rows = stack_rows(parts, n_rows, documents.seq_len)
             inputs = jax.device_put(rows, named_sharding(spec("BT")))
-            arrays = [_score(m.cfg, m.params, inputs, documents.pairs) for m in models]
+            arrays = [program(_score)(m.cfg, m.params, inputs, documents.pairs) for m in models]
             if pending is not None:  # one batch late, so that the devices never wait for the host
                 _add(sums, *pending)
             pending = rows, plan, dict(zip(names, arrays, strict=True))
@@ -235,7 +235,12 @@ def score(documents: ScoreSet, models: Sequence[Model], n_rows: int) -> Scored:
     return Scored(**sums)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "branched"))
+@functools.cache
+def program(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`_score` or `score_at`, jitted with the compiler's options of a training step."""
+    return jax.jit(function, static_argnames=("cfg", "branched"), compiler_options=step_options())
+
+
 def _score(cfg: MistralConfig, params: Params, rows: Rows, branched: bool) -> Array:
     return token_scores(cfg, params, rows, branched=branched).logps
 
@@ -259,7 +264,6 @@ def attention_for(branched: bool) -> str:
     return "tiled" if branched and platform() == "tpu" else "auto"
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "branched"))
 def score_at(
     cfg: MistralConfig, params: Params, rows: Rows, at: Array, targets: Array, branched: bool
 ) -> tuple[Array, Array]:

@@ -162,7 +162,7 @@ def lower(case: Case) -> tuple[Any, dict[str, str], dict[str, int]]:
     """The step lowered on the topology's mesh, its options, bytes of its arguments by kind."""
     import jax
 
-    from zephyr_jax.sharding import make_mesh
+    from zephyr_jax.sharding import compiler_options, make_mesh
     from zephyr_jax.training import steps
     from zephyr_jax.training.optim import make_optimizer, make_schedule
 
@@ -175,7 +175,7 @@ def lower(case: Case) -> tuple[Any, dict[str, str], dict[str, int]]:
         base = steps.abstract_base(config.model, config.lora) if config.lora else None
         step, _ = steps.jitted_steps(config, optimizer)
         lowered = step.trace(state, batch, base).lower(lowering_platforms=("tpu",))
-        options = steps.compiler_options(config.train)
+        options = compiler_options(config.train.compiler_options)
     parts = {
         "parameters": state.params,
         "moments": state.opt_state,

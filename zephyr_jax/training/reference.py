@@ -27,9 +27,9 @@ from zephyr_jax.data.packing.batches import HostBatch, Plan, device_rows, read_b
 from zephyr_jax.data.packing.packed import PackedSet
 from zephyr_jax.distributed import first_decides
 from zephyr_jax.models.mistral import ForwardOptions
+from zephyr_jax.sharding import step_options
 from zephyr_jax.storage import MANIFEST, seal, verify, write_atomic
 from zephyr_jax.training.scores import reference_logps
-from zephyr_jax.training.steps import step_options
 from zephyr_jax.types import Params, Rows, TrainState
 
 _FILE = "logps.npz"
@@ -59,7 +59,7 @@ class Reference:
         fixed = {"n_pairs": packed.manifest["pairs_per_row"], "n_micro": train.micro_batches}
         fixed["ld_alpha"] = dpo.option("ld_alpha")
         score = functools.partial(reference_logps, config.model, **fixed)
-        self._score = jax.jit(score, compiler_options=step_options(train))
+        self._score = jax.jit(score, compiler_options=step_options(train.compiler_options))
         if dpo.reference == "precomputed":
             self._stored = load_reference(packed, parts)
             if self._stored is None:

@@ -11,16 +11,14 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import optax
-from absl import logging
 from jaxtyping import Array
 
-from zephyr_jax.chips import options_of
 from zephyr_jax.config.model import MistralConfig
-from zephyr_jax.config.run import LoraConfig, RunConfig, TrainConfig
+from zephyr_jax.config.run import LoraConfig, RunConfig
 from zephyr_jax.losses.pairs import RewardShift, kl_estimate
 from zephyr_jax.models.lora import abstract_adapters, freeze
 from zephyr_jax.models.parameters import abstract_params
-from zephyr_jax.sharding import device_of_mesh, named_sharding, platform, spec
+from zephyr_jax.sharding import named_sharding, spec, step_options
 from zephyr_jax.training import scores as scoring
 from zephyr_jax.training.optim import is_spike
 from zephyr_jax.training.scores import BatchSums, LossSums, StepInputs, Sums, loss_sums
@@ -134,45 +132,9 @@ def jitted_steps(config: RunConfig, optimizer: optax.GradientTransformation) -> 
         estimates_kl=dpo is not None and dpo.labeled,
         spike=config.train.bad_steps.get("spike"),
     )
-    options = step_options(config.train)
+    options = step_options(config.train.compiler_options)
     evaluate = jax.jit(eval_step(sums, n_micro), compiler_options=options)
     return jax.jit(step, donate_argnums=0, compiler_options=options), evaluate
-
-
-def step_options(train: TrainConfig) -> dict[str, str] | None:
-    """The `compiler_options` that this compiler takes, for `jax.jit`."""
-    options = compiler_options(train) or None
-    if options and not jax.sharding.get_mesh().empty:  # else no device compiles it
-        options = usable_options(options)
-    return options
-
-
-def compiler_options(train: TrainConfig) -> dict[str, str]:
-    """Options of the compiler of a step for the ambient mesh's devices; none but on TPU."""
-    more = train.compiler_options
-    if platform() != "tpu" or more == "none":
-        return {}
-    return options_of(device_of_mesh().device_kind) | (more if isinstance(more, dict) else {})
-
-
-def usable_options(
-    options: dict[str, str], platforms: tuple[str, ...] = ("tpu",)
-) -> dict[str, str]:
-    """Those of the options that this compiler takes; a line in the log for each other one."""
-    options = dict(options)
-    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=named_sharding(spec("")))
-    while options:
-        try:
-            program = jax.jit(jnp.negative, compiler_options=options).trace(number)
-            program.lower(lowering_platforms=platforms).compile()
-            break
-        except jax.errors.JaxRuntimeError as error:
-            unknown = next((name for name in options if name in str(error)), None)
-            if unknown is None:
-                raise
-            value = options.pop(unknown)
-            logging.warning("this compiler does not take %s=%s: it is left out", unknown, value)
-    return options
 
 
 def initial_state(
