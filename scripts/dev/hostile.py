@@ -4,7 +4,7 @@ python scripts/dev/hostile.py [--requests=1000] [--threads=8] [--most_mib=64]
 
 Serves a tiny random model that it makes up, and sends it requests of every kind in `ATTACKS` over
 bare sockets. Exit status 1 if an answer of the good client differs from its first one, an attack
-ends otherwise than it says there or not within 90 s, the server ends, or its resident memory is at
+ends otherwise than it says there or not within 300 s, the server ends, or its resident memory is at
 the end more than `--most_mib` above what it was after the first hundred requests.
 """
 
@@ -107,7 +107,7 @@ ATTACKS: list[tuple[bytes, tuple[int, ...], str]] = [
 def exchange(port: int, data: bytes, manner: str = "read") -> bytes:
     """What answers these bytes before the connection is closed, or first of it."""
     received = b""
-    connection = socket.create_connection(("127.0.0.1", port), timeout=90)
+    connection = socket.create_connection(("127.0.0.1", port), timeout=300)
     with connection, contextlib.suppress(ConnectionError):
         connection.sendall(data)
         if manner == "end":

@@ -19,7 +19,7 @@ from zephyr_jax.feedback import answers as answers_module
 from zephyr_jax.feedback.answers import SYSTEM_PROMPTS, read_prompts
 from zephyr_jax.feedback.collect import collect
 from zephyr_jax.feedback.config import FeedbackConfig, PromptsConfig
-from zephyr_jax.storage import lock
+from zephyr_jax.storage import lock, seal
 from zephyr_jax.weights.checkpoint import save_model
 
 
@@ -104,6 +104,13 @@ def test_a_round_belongs_to_one_process(tmp_path):
     config = round_of("http://unused", write(tmp_path / "prompts.jsonl", [{"prompt": "a"}]))
     with lock(tmp_path / "round"), pytest.raises(ValueError, match="is in use by process"):
         collect(config, tmp_path / "round", Spending())
+
+
+def held_until_sealed(folder, names):
+    """What `seal` does, of a folder that no other process may take meanwhile."""
+    with pytest.raises(ValueError, match="is in use by process"), lock(folder):
+        pass
+    seal(folder, names)
 
 
 def test_a_cost_cap_ends_with_status_75(tmp_path, capsys):
@@ -282,7 +289,8 @@ def test_a_model_here_answers_by_several_seeds_and_is_judged_by_implicit_reward(
     assert rows[0]["completions"][0]["annotations"]["honesty"]["Rating"] == "N/A"
 
 
-def test_recorded_answers_and_ratings_need_no_model(tmp_path):
+def test_recorded_answers_and_ratings_need_no_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("zephyr_jax.feedback.collect.seal", held_until_sealed)
     prompts = write_prompts(tmp_path, 4)
     with judge_server(scripted()) as (url, _):
         first = collect(round_of(url, prompts), tmp_path / "first", Spending())

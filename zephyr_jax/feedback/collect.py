@@ -48,26 +48,26 @@ def collect(
         answers.ask(config, both, cache, spending)
         answered, counts = answers.answers_to(config, prompts, requests, recorded, cache)
         ratings, judgements, rated = judge(config, answered, cache, spending, rate)
-    if not jax.process_index():
-        for name, account in counts.items():
-            _add_cost(account, config.contestants[name].price)
-        _add_cost(rated, config.judge.price)
-        rows = [_row(config, each, ratings[each.prompt.id]) for each in answered]
-        write_rows(folder / JUDGEMENTS, judgements)
-        write_rows(folder / ROWS, rows)
-        account = {
-            "name": config.name,
-            "sealed": True,
-            "rows": len(answered),
-            "prompts": prompt_counts,
-            "answers": counts,
-            "judgements": rated,
-            "agreement": measures(judgements, samples=200),
-            "this_call": vars(spending),
-            "config": dataclasses.asdict(config),
-        }
-        write_atomic(folder / ACCOUNT, json.dumps(account, indent=1, ensure_ascii=False))
-        seal(folder, [JUDGEMENTS, ROWS, ACCOUNT])
+        if not jax.process_index():
+            for name, account in counts.items():
+                _add_cost(account, config.contestants[name].price)
+            _add_cost(rated, config.judge.price)
+            rows = [_row(config, each, ratings[each.prompt.id]) for each in answered]
+            write_rows(folder / JUDGEMENTS, judgements)
+            write_rows(folder / ROWS, rows)
+            account = {
+                "name": config.name,
+                "sealed": True,
+                "rows": len(answered),
+                "prompts": prompt_counts,
+                "answers": counts,
+                "judgements": rated,
+                "agreement": measures(judgements, samples=200),
+                "this_call": vars(spending),
+                "config": dataclasses.asdict(config),
+            }
+            write_atomic(folder / ACCOUNT, json.dumps(account, indent=1, ensure_ascii=False))
+            seal(folder, [JUDGEMENTS, ROWS, ACCOUNT])
     return folder / ROWS
 
 

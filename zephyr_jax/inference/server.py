@@ -147,10 +147,10 @@ def make_app(engine: Engine, token: str = "", cors: Sequence[str] = (), local: b
 
 
 class _Bodies:
-    """Bodies to requests, two at a time, so that one does not wait for the grammar of another."""
+    """Bodies to requests, four at a time, so that one does not wait for the grammars of others."""
 
     def __init__(self, served: ServedModel):
-        self._served, self._bytes, self._threads = served, 0, ThreadPoolExecutor(2)
+        self._served, self._bytes, self._threads = served, 0, ThreadPoolExecutor(4)
 
     async def read(self, request: Request) -> GenerationRequest:
         data, chat = bytearray(), "chat" in request.url.path
