@@ -39,9 +39,7 @@ _LOCAL = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
 class Engine:
     """The queue of requests, and the thread with the device that answers one after another."""
 
-    def __init__(
-        self, served: ServedModel, max_waiting: int, enter_mesh: Callable[[], object] | None = None
-    ):
+    def __init__(self, served: ServedModel, max_waiting: int, enter_mesh: Callable | None = None):
         """`enter_mesh` runs once in the device's thread."""
         self.served = served
         self.steps = 0  # tokens decoded so far, over all requests
