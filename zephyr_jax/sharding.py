@@ -170,10 +170,7 @@ def step_options(more: str | dict[str, str] = "auto") -> dict[str, str] | None:
 
 
 def compiler_options(more: str | dict[str, str] = "auto") -> dict[str, str]:
-    """The compiler's options for the ambient mesh's devices, none but on TPU.
-
-    `more` is `train.compiler_options`: a dict adds to them, "none" switches them off.
-    """
+    """The compiler's options for the mesh's devices (TPU), and `more`: `train.compiler_options`."""
     if platform() != "tpu" or more == "none":
         return {}
     return options_of(device_of_mesh().device_kind) | (more if isinstance(more, dict) else {})

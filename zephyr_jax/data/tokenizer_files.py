@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,11 +43,14 @@ ModelProto: Any = getattr(sentencepiece_model_pb2, "ModelProto")  # noqa: B009  
 
 @functools.lru_cache(64)
 def trial(program: str, text: str) -> str:
-    """Runs a program on untrusted input in a process that may be killed; says if it was."""
-    shell = f'ulimit -t {TRIAL_SECONDS}; ulimit -d {1 << 20}; exec "$0" -P -c "$1"'  # s, KiB
-    words = ["sh", "-c", shell, sys.executable, program]
-    status = subprocess.run(words, input=text.encode(), capture_output=True).returncode
-    return f"it takes more than {TRIAL_SECONDS} seconds or 1 GiB; simplify it" if status else ""
+    """Runs a program on untrusted input in a process that may be killed; says how it failed."""
+    shell = f'ulimit -c 0; ulimit -t {TRIAL_SECONDS}; ulimit -d {1 << 20}; exec "$0" -P -c "$1"'
+    words, paths = ["sh", "-c", shell, sys.executable, program], filter(None, sys.path)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(words, input=text.encode(), capture_output=True, env=environment)
+    if done.returncode < 0:
+        return f"it takes more than {TRIAL_SECONDS} seconds or 1 GiB; simplify it"
+    return done.stderr.decode().strip().rpartition("\n")[2] if done.returncode else ""
 
 
 @contextlib.contextmanager
