@@ -41,7 +41,7 @@ def fit(
     `config` is a RunConfig or the ConfigDict of a config file; `workdir`, by default `runs/NAME`,
     may be a URL such as gs://bucket/runs/sft. Packs the data set first if that has not been done.
     Leaves checkpoints, `metrics.jsonl`, `run_config.json` and the tokenizer in `workdir`, and
-    `report.html` with replies to `samples` held-out prompts. `began`: the start by `time.monotonic`.
+    `report.html` with replies to `samples` held-out prompts. `began`: its start, `time.monotonic`.
 
     Raises:
         ValueError: if the configuration does not fit itself, its data, its mesh, its initial model
