@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from zephyr_jax.config.run import load_config
 from zephyr_jax.data.prepare.prepare import prepare
@@ -65,8 +64,8 @@ def lines(workdir: Path) -> int:
 def watch(command: list[str], workdir: Path, seconds: float) -> tuple[subprocess.Popen, list[int]]:
     """A start of the run until it ended or so long, and its memory once it has settled."""
     began, seen, least = time.time(), [], lines(workdir)
-    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([*command, f"--workdir={workdir}"], **quiet)
+    with workdir.with_suffix(".log").open("ab") as log:  # what the starts wrote
+        process = subprocess.Popen([*command, f"--workdir={workdir}"], stdout=log, stderr=log)
     while process.poll() is None and time.time() < began + seconds:
         now = lines(workdir)
         least = min(now, least)  # a new start drops the lines of steps that it repeats
@@ -128,7 +127,7 @@ def main() -> None:
             if status == 0:
                 break
             if status not in (75, -signal.SIGKILL, -signal.SIGTERM):
-                raise RuntimeError(f"a start ended with {status} in {workdir}")
+                raise RuntimeError(f"a start ended with {status}: {workdir}.log")
         rounds += 1
         same = result(workdir) == wanted
         wrong += not same
