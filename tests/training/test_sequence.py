@@ -149,7 +149,7 @@ def stream_of(cfg, params, tokens):
     """The divisions of the residual stream: where it enters a layer, where it leaves the last."""
     trace = jax.make_jaxpr(lambda p, t: as_module(cfg, p).hidden(t))(params, tokens)
     (loop,) = (e for e in trace.eqns if e.primitive.name == "scan")
-    (carried,) = {str(x.aval.sharding.spec) for x in loop.outvars[: loop.params["num_carry"]]}
+    (carried,) = {str(x.aval.sharding.spec) for x in loop.outvars}
     return carried, str(trace.out_avals[0].sharding.spec)
 
 
