@@ -89,9 +89,8 @@ _GPUS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 def peak_flops(kind: str) -> float | None:
     """Peak FLOP/s in bfloat16 of a device of this kind, as JAX names it; None: not known here."""
-    if chip := chip_of(kind):
-        return chip.peak_flops
-    return next((peak for part, peak in _GPUS.items() if part in kind), None)
+    known = getattr(chip_of(kind), "peak_flops", None)
+    return known or next((peak for part, peak in _GPUS.items() if part in kind), None)
 
 
 def options_of(kind: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ Without a mesh `spec` returns None and the same code runs on one device.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -163,10 +164,10 @@ def named_sharding(partition: PartitionSpec | None) -> jax.sharding.Sharding:
 
 def step_options(more: str | dict[str, str] = "auto") -> dict[str, str] | None:
     """The `compiler_options` that this compiler takes, for `jax.jit`."""
-    options = compiler_options(more) or None
+    options = compiler_options(more)
     if options and not jax.sharding.get_mesh().empty:  # else no device compiles it
-        options = usable_options(options)
-    return options
+        options = dict(usable_options(tuple(options.items())))
+    return options or None
 
 
 def compiler_options(more: str | dict[str, str] = "auto") -> dict[str, str]:
@@ -176,14 +177,15 @@ def compiler_options(more: str | dict[str, str] = "auto") -> dict[str, str]:
     return options_of(device_of_mesh().device_kind) | (more if isinstance(more, dict) else {})
 
 
-def usable_options(options: dict[str, str], on: Sequence[str] = ("tpu",)) -> dict[str, str]:
+@functools.cache  # several programs of a run have the same ones
+def usable_options(pairs: tuple[tuple[str, str], ...], on: str = "tpu") -> dict[str, str]:
     """Those of the options that this compiler takes; a line in the log for each other one."""
-    options = dict(options)
+    options = dict(pairs)
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=named_sharding(spec("")))
     while options:
         try:
             program = jax.jit(jnp.negative, compiler_options=options).trace(number)
-            program.lower(lowering_platforms=tuple(on)).compile()
+            program.lower(lowering_platforms=(on,)).compile()
             break
         except jax.errors.JaxRuntimeError as error:
             unknown = next((name for name in options if name in str(error)), None)

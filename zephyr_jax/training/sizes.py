@@ -41,8 +41,7 @@ def resolve_sizes(config: RunConfig, devices: Devices | None = None) -> RunConfi
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         slices = {getattr(device, "slice_index", 0) for device in jax.devices()}
         keeps_hidden = getattr(chip_of(jax.devices()[0].device_kind), "keeps_hidden", True)
-        usable = limit and limit / 2**30
-        devices = Devices(jax.device_count(), len(slices), usable, keeps_hidden)
+        devices = Devices(jax.device_count(), len(slices), limit and limit / 2**30, keeps_hidden)
     if config.mesh.auto:
         config = fitted(config, devices, rows_of(config))
     config = with_remat(config, devices, rows_of(config))
