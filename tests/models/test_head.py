@@ -49,7 +49,7 @@ def value_and_grads(form, worth, tied=False):
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """Several blocks of tokens and cuts of the vocabulary, the last ones smaller."""
-    monkeypatch.setattr(head, "TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr(head, "block_size", lambda tokens: min(7, tokens))
     monkeypatch.setattr(head, "VOCAB_AT_ONCE", 10)
 
 

@@ -143,7 +143,7 @@ def transfers_of(body, times=1.0):
 def test_the_axes_of_a_transfer(attributes, axis, devices):
     line = f"  ROOT %g = bf16[8,128] all-gather(%x), channel_id=3, {attributes}, dimensions={{0}}"
     (one,) = transfers_of(line, times=5.0)
-    assert (one.axis, one.devices, one.total, one.hidden) == (axis, devices, 5 * 2048.0, False)
+    assert (one.axis, one.devices, one.bytes, one.hidden) == (axis, devices, 2048.0, False)
 
 
 @pytest.mark.parametrize(
@@ -284,11 +284,15 @@ def test_the_table_has_a_row_per_plan_and_notes_below():
     fits = {
         "config": "a", "topology": "v5e:2x2", "mesh": {"data": 1, "fsdp": 4, "tensor": 1},
         "gib": {"needed": 9.25, "usable": 15.75}, "fits": True, "seconds": {"step": 1.5},
-        "mfu": 0.456, "hours": 2.0, "chip_hours": 8.0, "warnings": ["an all-to-all over data"],
+        "mfu": 0.456, "calibration": 1.25, "hours": 2.0, "chip_hours": 8.0,
+        "warnings": ["an all-to-all over data"],
     }  # fmt: skip
     large = fits | {"fits": False, "gib": {"needed": 20.0, "usable": 15.75}, "advice": ["halve it"]}
     text = table([fits, large, {"config": "b", "topology": "v5e:4x4", "refused": "no such mesh"}])
-    assert "| a | v5e:2x2 | fsdp 4 | 9.25 of 15.75, fits | 1.50 s | 46% | 2.0 | 8 |" in text
+    assert (
+        "| a | v5e:2x2 | fsdp 4 | 9.25 of 15.75, fits | 1.50 s | 46% | 1.20 s, 57% | 2.0 | 8 |"
+        in text
+    )
     assert "20.00 of 15.75, **does not fit** | - |" in text
     assert "| b | v5e:4x4 | - | no such mesh | - |" in text
     assert "* a on v5e:2x2: an all-to-all over data" in text

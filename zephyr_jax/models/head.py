@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from zephyr_jax import sharding
 from zephyr_jax.sharding import per_device, platform, reshard, spec, token_axes_of, weight_spec
 
-TOKENS_AT_ONCE, VOCAB_AT_ONCE = 512, 4096  # of one device: 8 MB of logits in float32
+VOCAB_AT_ONCE = 4096  # of one device; with 1,024 tokens 16 MB of logits in float32
 KEPT_LOGITS = 1 << 27  # 512 MB; as many wait on a CPU for the backward pass
 _NO_TARGET, _SEEN = -1, -2  # in place of ids
 _OFF = -1e30  # less than any logarithm that occurs; its differences are finite
@@ -101,10 +101,15 @@ def _per_device(
     return per_device(functools.partial(function, head), axes, out)(hidden, weight, *rows)
 
 
+def block_size(tokens: int) -> int:
+    """Tokens of a device scored at once; each block adds to the weight's whole gradient."""
+    return min(max(tokens // 1024 * 128, 512), 1024, tokens)
+
+
 def _blocks(targets: Array) -> tuple[Int[Array, "N C"], Array]:
     """The indices of tokens with a target, in blocks filled up by n, and how many are not empty."""
     wanted, n = targets.reshape(-1) != _NO_TARGET, targets.size
-    size = min(TOKENS_AT_ONCE, n)
+    size = block_size(n)
     order = jnp.where(jnp.arange(n) < wanted.sum(), jnp.argsort(~wanted, stable=True), n)
     order = jnp.pad(order, (0, -n % size), constant_values=n)
     return order.reshape(-1, size), (wanted.sum() + size - 1) // size

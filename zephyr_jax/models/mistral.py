@@ -24,7 +24,7 @@ from zephyr_jax.models.attention import attention_over, cached_attention
 from zephyr_jax.models.head import TokenScores, head_scores
 from zephyr_jax.models.layers import embed, embed_few, linear, rms_norm, rope, rope_tables
 from zephyr_jax.models.lora import LoraContext, project
-from zephyr_jax.models.masks import Attend, Layout, row_layout
+from zephyr_jax.models.masks import row_layout
 from zephyr_jax.models.parameters import param_shapes, param_shardings
 from zephyr_jax.sharding import reshard, token_axes, token_axes_of
 from zephyr_jax.types import AnyArray, Params, Rows
@@ -191,7 +191,8 @@ class Mistral(nnx.Module):
         layout = row_layout(segments, branches, positions)
         outer, inner = token_axes(tokens.shape[1])
         rotation = self._rotation(reshard(positions, f"B{inner}"))
-        attend = self._attend(layout, options.attention)
+        cfg, kernel = self.cfg, options.attention
+        attend = attention_over(layout, cfg.sliding_window, kernel, cfg.head_dim, cfg.dtype)
         context = LayerContext(rotation, attend, options.reduce_dtype, (outer, inner))
 
         def layer(x: Array, inputs: tuple[Block, LoraContext | None]) -> tuple[Array, None]:
@@ -200,10 +201,10 @@ class Mistral(nnx.Module):
 
         if options.remat != "none":
             layer = jax.checkpoint(layer, policy=_remat_policy(options.remat), prevent_cse=False)
-        x: Any = embed(self.embed[...], tokens, self.cfg.dtype, options.reduce_dtype, f"B{outer}D")
+        x: Any = embed(self.embed[...], tokens, cfg.dtype, options.reduce_dtype, f"B{outer}D")
         lora, keys = None, options.dropout_key
         if options.adapters is not None and options.lora is not None:
-            keys = None if keys is None else jax.random.split(keys, self.cfg.num_hidden_layers)
+            keys = None if keys is None else jax.random.split(keys, cfg.num_hidden_layers)
             lora = LoraContext(options.adapters["layers"], keys, options.lora)
         x, _ = jax.lax.scan(layer, x, (self.layers, lora))
         return self._normed(x)
@@ -218,10 +219,6 @@ class Mistral(nnx.Module):
 
     def _rotation(self, positions: Array) -> tuple[Array, Array]:
         return rope_tables(positions, self.cfg.head_dim, self.cfg.rope_theta)
-
-    def _attend(self, layout: Layout, implementation: str) -> Attend:
-        cfg = self.cfg
-        return attention_over(layout, cfg.sliding_window, implementation, cfg.head_dim, cfg.dtype)
 
     def _normed(self, x: Array) -> Array:
         return rms_norm(x, self.final_norm[...], self.cfg.rms_norm_eps)

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from zephyr_jax.models.head import TOKENS_AT_ONCE
+from zephyr_jax.models.head import block_size
 from zephyr_jax.models.parameters import model_flops_per_token
 from zephyr_jax.planning import hlo
 from zephyr_jax.planning.compiling import Case, Compiled, Topology
 
+CALIBRATION = {"v5e": 1.11, "v5p": 1.08, "v6e": 0.89}  # estimated / measured (docs/pods.md)
 KERNEL_SHARE = 0.5  # of the peak that the attention kernels are assumed to reach
 LARGE = 64 * 2**20  # bytes of a transfer that is worth a warning if nothing hides it
 MANY = 2**30  # bytes a step of smaller all-reduces that nothing hides
@@ -85,7 +86,7 @@ def estimate(case: Case, done: Compiled) -> dict[str, Any]:
     program = hlo.parse(done.text)
     # The head's loop has the most rounds if every token of a micro-batch is a target.
     tokens = _micro_batch_rows(case) * config.data.seq_len // config.mesh.context
-    counts = hlo.count(program, {_HEAD_LOOP: -(-tokens // TOKENS_AT_ONCE)})
+    counts = hlo.count(program, {_HEAD_LOOP: -(-tokens // block_size(tokens))})
     kernels = kernel_flops(config.model.sliding_window, program, counts.times)
     seconds, transfers = timed(program, counts.times, case.topology, config.mesh.axes, kernels)
     model_flops = model_flops_per_token(config.model, config.data.seq_len)
@@ -95,6 +96,7 @@ def estimate(case: Case, done: Compiled) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "mfu": model_flops / (seconds["step"] * devices * chip.peak_flops),
+        "calibration": CALIBRATION.get(case.topology.family),
         "flops": {"model": model_flops, "kernels": kernels * devices},
         "transfers": _grouped(transfers),
         "warnings": warnings_of(done, transfers, counts.unknown),
@@ -177,7 +179,7 @@ def _grouped(transfers: list[Collective]) -> list[dict[str, Any]]:
         new = {"kind": one.kind, "axis": one.axis, "hidden": one.hidden}
         group = groups.setdefault(key, new | {"times": 0.0, "bytes": 0.0, "largest": 0.0})
         group["times"] += one.times
-        group["bytes"] += one.total
+        group["bytes"] += one.bytes * one.times
         group["largest"] = max(group["largest"], one.bytes)
     return sorted(groups.values(), key=lambda group: -group["bytes"])
 
@@ -192,11 +194,6 @@ class Collective(NamedTuple):
     times: float  # in a step
     hidden: bool
     origin: str  # the JAX operation that it comes from
-
-    @property
-    def total(self) -> float:
-        """Bytes in a step."""
-        return self.bytes * self.times
 
 
 def find_collectives(
@@ -238,7 +235,7 @@ def find_collectives(
                 by_channel[channel] = collective
             elif hidden and not before.hidden:
                 by_channel[channel] = before._replace(hidden=True)
-    return sorted(by_channel.values(), key=lambda one: -one.total)
+    return sorted(by_channel.values(), key=lambda one: -one.bytes * one.times)
 
 
 def _hidden_calls(program: hlo.Program) -> set[str]:
@@ -301,7 +298,7 @@ def _transfer_seconds(one: Collective, topology: Topology) -> float:
     share = (one.devices - 1) / one.devices
     factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(one.kind, share)
     if topology.slices > 1 and "data" in one.axis:
-        return factor * one.total / topology.chip.dcn_rate
+        return factor * one.bytes * one.times / topology.chip.dcn_rate
     chips, links = -(-one.devices // topology.chip.devices), 0
     if one.kind == "collective-permute":
         chips, links = 1, 2
@@ -309,4 +306,5 @@ def _transfer_seconds(one: Collective, topology: Topology) -> float:
         if chips > 1 and size > 1:
             links += 2 if size >= topology.chip.ring else 1
             chips = -(-chips // size)
-    return factor * one.total / (max(1, links) * topology.chip.link_rate / topology.chip.devices)
+    rate = max(1, links) * topology.chip.link_rate / topology.chip.devices
+    return factor * one.bytes * one.times / rate

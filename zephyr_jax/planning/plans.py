@@ -26,7 +26,7 @@ from zephyr_jax.training.sizes import LEAST_FIRST, with_train
 # docs/recipes.md: the published runs' own counts, of packed UltraChat and of UltraFeedback
 _PUBLISHED_TOKENS, _PUBLISHED_PAIRS = 139_000 * 2048, 61_135
 _REPLIES = 64_000 * 4  # of a set as large as UltraFeedback
-_HEAD = ("run", "slice", "mesh", "GiB a device", "step", "MFU", "hours", "chip-hours")
+_HEAD = ["run", "slice", "mesh", "GiB a device", "step", "MFU", "calibrated", "hours", "chip-hours"]
 _SAMPLE_HEAD = ("model", "slice", "mesh", "GiB a device", "replies at once", "prefill", "a token")
 _SAMPLE_HEAD += ("times the bound", "tokens/s", "hours", "chip-hours")
 
@@ -127,9 +127,7 @@ def step_count(config: RunConfig, examples: int | None = None) -> int | None:
         examples = _PUBLISHED_PAIRS
     elif examples is None and dataset == "ultrachat/200k":
         examples = _PUBLISHED_TOKENS // config.data.seq_len
-    if examples is None:
-        return None
-    return train.epochs * max(1, examples // train.batch_size)
+    return None if examples is None else train.epochs * max(1, examples // train.batch_size)
 
 
 def smaller(case: Case, rows: int | None) -> Case | None:
@@ -176,7 +174,8 @@ def _row(plan: dict[str, Any]) -> list[str]:
     cells = first_cells(plan)
     if not plan["fits"]:
         return cells
-    cells += [f"{plan['seconds']['step']:.2f} s", f"{100 * plan['mfu']:.0f}%"]
+    step, mfu, k = plan["seconds"]["step"], 100 * plan["mfu"], plan["calibration"]
+    cells += [f"{step:.2f} s", f"{mfu:.0f}%", f"{step / k:.2f} s, {mfu * k:.0f}%" if k else "-"]
     hours = (("hours", "{:.1f}"), ("chip_hours", "{:,.0f}"))
     return cells + [form.format(plan[name]) for name, form in hours if name in plan]
 
