@@ -222,6 +222,7 @@ def test_verify_compares_a_model_and_what_it_was_imported_from(
     zj.export_hf(cfg, params, tok, tmp_path / "hf")
     main(["port_weights", "import", str(tmp_path / "hf"), str(tmp_path / "ours")])
     words = ["port_weights", "verify", str(tmp_path / "ours")]
+    (tmp_path / "hf" / "README.md").write_text("A card of the user's own.")
     for folder in ("hf", "ours", "ours/checkpoints/0"):
         main([*words[:2], str(tmp_path / folder)])
         assert f"{folder} is as it was written" in capsys.readouterr().err

@@ -119,9 +119,10 @@ def source_files(source: str | os.PathLike[str]) -> dict[str, Any]:
     if checkpoint.workdir_and_steps(epath.Path(resolved))[1]:  # which has digests of its own
         return {}
     path = Path(resolved)
-    names = [path.name] if path.is_file() else [x.name for x in path.iterdir() if x.is_file()]
+    found = [path] if path.is_file() else sorted(path.iterdir())
+    names = [x.name for x in found if x.is_file() and x.name != "README.md"]  # a card is edited
     folder = path.parent if path.is_file() else path
-    return {"folder": str(folder.absolute()), "files": digests(folder, sorted(names))}
+    return {"folder": str(folder.absolute()), "files": digests(folder, names)}
 
 
 def verify_model(source: str | os.PathLike[str]) -> None:
