@@ -15,6 +15,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from zephyr_jax import distributed
 
+def say(watch, word, process, say=distributed._Watch.say):
+    time.sleep(2 * (word == "lost"))  # as on a loaded machine, where JAX's abort comes first
+    say(watch, word, process)
+
+distributed._Watch.say = say
 distributed.start(argparse.Namespace(distributed=False))
 with distributed.watched():
     print("watched", flush=True)
@@ -46,10 +51,8 @@ def test_a_dead_process_is_named_by_all_others(tmp_path, n, victim, number, doin
     finally:
         for process in started:
             process.kill()
-    # When the first process dies on a loaded machine, JAX's abort may come before our end.
-    first_killed = victim == 0 and number == signal.SIGKILL
-    allowed = {PEER_LOST, -signal.SIGABRT} if first_killed else {PEER_LOST}
-    assert set(statuses) <= allowed, "\n".join(log.read_text() for log in logs)
+    assert set(statuses) == {PEER_LOST}, "\n".join(log.read_text() for log in logs)
+    first_killed = victim == 0 and number == signal.SIGKILL  # then JAX prints a stack, too
     for i in others if not first_killed else ():
         lines = logs[i].read_text().partition("watched\n")[2].splitlines()
         lines = [line for line in lines if "[Gloo]" not in line]

@@ -60,16 +60,12 @@ def _quarter_turn(x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
     return jnp.concatenate([-second, first], axis=-1)
 
 
-def _rope_forward(x: Array, cos: Array, sin: Array):
-    return rope(x, cos, sin), (cos, sin)
-
-
 def _rope_backward(tables: tuple[Array, Array], grad: Array):
     cos, sin = tables
     return rope(grad, cos, -sin), None, None
 
 
-rope.defvjp(_rope_forward, _rope_backward)
+rope.defvjp(lambda x, cos, sin: (rope(x, cos, sin), (cos, sin)), _rope_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
