@@ -60,7 +60,7 @@ def stored() -> Compiled:
 
 if __name__ == "__main__":
     os.environ.update(ENVIRONMENT)
-    report = json.dumps(compile_case(small_case(), None)._asdict())
+    report = json.dumps(compile_case(small_case())._asdict())
     for folder in (sysconfig.get_path("purelib"), Path(__file__).parents[1]):  # of this machine
         report = report.replace(f"{folder}/", "")
     STORED.write_bytes(gzip.compress(report.encode(), mtime=0))

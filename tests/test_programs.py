@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src import compilation_cache
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from zephyr_jax import chips
@@ -67,6 +69,23 @@ def test_programs_are_kept_in_the_users_cache_bit_for_bit(
     chips.keep_programs()
     assert {path.name for path in user_cache.glob("*-cache")} == {program.name, "jit_old-2-cache"}
     assert jax.config.jax_compilation_cache_max_size == 5 << 30
+
+
+@pytest.mark.parametrize("at", [0, 3, 100, 1000, -100, -1])
+def test_a_damaged_program_is_compiled_again(user_cache, monkeypatch, at):
+    """As JAX keeps them where zstandard is installed, a flipped bit gave other numbers."""
+    monkeypatch.setattr(compilation_cache, "zstandard", types.SimpleNamespace())
+    chips.keep_programs()
+    jax.clear_caches()
+    x = jax.random.normal(jax.random.key(0), (40, 40))
+    first = jax.jit(curve)(x)
+    (path,) = user_cache.glob("jit_curve-*-cache")
+    program = bytearray(path.read_bytes())
+    program[at] ^= 4
+    path.write_bytes(program)
+    jax.clear_caches()
+    with pytest.warns(UserWarning, match="Error reading persistent compilation cache entry"):
+        np.testing.assert_array_equal(jax.jit(curve)(x), first)
 
 
 def test_jaxs_own_settings_come_first(user_cache, tmp_path, caplog):

@@ -28,7 +28,7 @@ from filelock import FileLock
 from zephyr_jax._version import __version__
 from zephyr_jax.storage import absolute, read_checked, user_cache, write_checked
 
-# Compiled programs on disk; beyond that the least recently used ones go.
+# Compiled programs on disk, of which JAX looks at all when it adds one; those not used for long go.
 _KEPT_BYTES, _KEPT_PROGRAMS = 5 << 30, 1000
 _ACCELERATORS = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")  # in /dev
 
@@ -112,6 +112,7 @@ def keep_programs(shared: str | os.PathLike[str] = "") -> None:
     names another place, and JAX_ENABLE_COMPILATION_CACHE=false switches it off.
     """
     import jax
+    from jax._src import compilation_cache as programs  # of which the public module has a part
     from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
     config: Any = jax.config
@@ -129,6 +130,7 @@ def keep_programs(shared: str | os.PathLike[str] = "") -> None:
             config.update("jax_compilation_cache_max_size", _KEPT_BYTES)
         config.update("jax_compilation_cache_dir", folder)
         config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        programs.zstd = programs.zstandard = None  # zlib finds a damaged program, which would run
         reset_cache()  # after a first program without a folder JAX looks for none
     off = "JAX_ENABLE_COMPILATION_CACHE=false switches that off"
     logging.info("compiled programs are kept in %s (%s)", folder, off)
@@ -148,10 +150,7 @@ def keep_freed_memory() -> None:
 
 
 def _prune(folder: Path) -> None:
-    """Creates the cache folder; removes programs that were not used for long, or written in part.
-
-    JAX fails over a program without its time of use, and looks at all of them when it adds one.
-    """
+    """Creates the cache folder; removes old programs, and half-written ones, where JAX fails."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lockfile", timeout=10):  # JAX's own
         times = sorted(folder.glob("*-atime"), key=lambda path: path.stat().st_mtime)

@@ -46,6 +46,11 @@ def test_a_small_model_on_several_slices(small, tmp_path):
     assert "| small | v5e:2x2 | data 2 fsdp 2 |" in output
     again, _ = plan(tmp_path, *words, "--topology=v5e:2x2")
     assert again == plans[:1]  # compiled once
+    for path in (tmp_path / "cache" / "zephyr_jax" / "plans").iterdir():
+        path.write_bytes(path.read_bytes()[:-9])
+    again, output = plan(tmp_path, *words, "--topology=v5e:2x2")
+    assert "is damaged (" in output
+    assert again[0]["seconds"] == plans[0]["seconds"]
 
 
 def test_a_run_that_does_not_fit_gets_advice(tmp_path):

@@ -48,15 +48,14 @@ def run(args: argparse.Namespace) -> None:
     os.environ.update(ENVIRONMENT)
     from zephyr_jax.config.run import load_config
     from zephyr_jax.planning.plans import PlanOptions, make_plans, sample_plan, sample_table, table
-    from zephyr_jax.storage import user_cache, write_atomic
+    from zephyr_jax.storage import write_atomic
 
     configs = [load_config(name.strip(), args.overrides) for name in args.config.split(",")]
     topologies = [parse_topology(name) for name in args.topology.split(",")]
-    cache = user_cache() / "plans"
-    options = PlanOptions(args.rows, args.examples, args.auto, args.processes, cache)
+    options = PlanOptions(args.rows, args.examples, args.auto, args.processes)
     if args.sample:
         each = [(run, where, n) for run in configs for where in topologies for n in args.sample]
-        last = (tuple(args.lengths), args.examples, cache)
+        last = (tuple(args.lengths), args.examples)
         plans = [sample_plan(*case, *last) for case in tqdm(each)]
         sys.stdout.write(sample_table(plans))
     else:

@@ -14,12 +14,14 @@ import json
 import math
 import re
 import time
-from pathlib import Path
+import zlib
 from typing import Any, NamedTuple
+
+from absl import logging
 
 from zephyr_jax.chips import CHIPS, Chip
 from zephyr_jax.config.run import RunConfig
-from zephyr_jax.storage import write_atomic
+from zephyr_jax.storage import user_cache, write_atomic
 
 DOCUMENTS = 32  # the most pairs in a row; arrays of this size are small in any case
 _NAME = re.compile(r"(?:([1-9]\d*)\*)?([a-z0-9]+):(\d+(?:x\d+){1,2})")
@@ -198,33 +200,34 @@ def bytes_of(tree: Any) -> int:
     )
 
 
-def compile_case(case: Case, cache: Path | None) -> Compiled:
-    """The compiler's report, from the cache if the same program was compiled before."""
+def compile_case(case: Case) -> Compiled:
+    """The compiler's report on a run's step."""
     lowered, options, parts = lower(case)
-    return report(lowered, parts, options, case.topology, case.config.mesh, cache)
+    return report(lowered, parts, options, case.topology, case.config.mesh)
 
 
 def report(
-    lowered: Any,
-    parts: dict[str, int],
-    options: Any,
-    where: Topology,
-    mesh: Any,
-    cache: Path | None,
+    lowered: Any, parts: dict[str, int], options: Any, where: Topology, mesh: Any
 ) -> Compiled:
-    """The compiler's report on a lowered program; `parts`: bytes of its arguments by kind."""
+    """The compiler's report on a lowered program, from the cache if it was compiled before.
+
+    `parts` are bytes of its arguments by kind.
+    """
     import jax
 
     start = time.monotonic()
-    path = None
-    if cache is not None:
-        versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
-        words = [*versions, where.name, str(tuple(mesh.axes.values()))]
-        key = "\n".join([*words, str(sorted(options.items())), lowered.as_text()])
-        path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json.gz"
-    if path is not None and path.is_file():
+    versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
+    words = [*versions, where.name, str(tuple(mesh.axes.values()))]
+    key = "\n".join([*words, str(sorted(options.items())), lowered.as_text()])
+    name = f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json.gz"
+    path = user_cache() / "plans" / name
+    try:
         stored = json.loads(gzip.decompress(path.read_bytes()))
         return Compiled(**stored)._replace(parts=parts, options=options)
+    except FileNotFoundError:
+        pass
+    except (OSError, EOFError, zlib.error) as error:
+        logging.warning("%s is damaged (%s), so the program is compiled again", path, error)
     text, sizes, wanted = "", (0, sum(parts.values()), 0, 0), 0.0
     try:
         program = lowered.compile()
@@ -237,8 +240,7 @@ def report(
         sizes = memory.peak_memory_in_bytes, memory.argument_size_in_bytes
         sizes += memory.temp_size_in_bytes, memory.alias_size_in_bytes
     done = Compiled(text, *sizes, parts, wanted, time.monotonic() - start, options)
-    if path is not None:
-        write_atomic(path, gzip.compress(json.dumps(done._asdict()).encode()))
+    write_atomic(path, gzip.compress(json.dumps(done._asdict()).encode()))
     return done
 
 

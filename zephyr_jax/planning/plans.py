@@ -7,7 +7,6 @@ import itertools
 import math
 import multiprocessing
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +37,6 @@ class PlanOptions(NamedTuple):
     examples: int | None = None  # rows or pairs of an epoch; None: as published, if the set is
     auto: bool = False  # choose mesh and micro-batches, and halve the latter until it fits
     processes: int = 1  # parallel compilations
-    cache: Path | None = None  # folder of compiled programs
 
 
 def make_plans(
@@ -68,7 +66,7 @@ def make_plans(
 
 def plan_of(case: Case, options: PlanOptions) -> dict[str, Any]:
     """The plan of one case: numbers by name, and advice if it does not fit."""
-    done = compiling.compile_case(case, options.cache)
+    done = compiling.compile_case(case)
     held = memory(case, done)
     if options.auto and not held["fits"] and (less := smaller(case, options.rows)):
         return plan_of(less, options)
@@ -195,7 +193,6 @@ def sample_plan(
     rows: int,
     lengths: tuple[int, int],
     replies: int | None = None,
-    cache: Path | None = None,
 ) -> dict[str, Any]:
     """The plan of answering with `rows` replies at once, in all `replies` (default: 256,000).
 
@@ -217,7 +214,7 @@ def sample_plan(
         *programs, state = traced(cfg, params, size, sampling)
         lowered = [one.lower(lowering_platforms=("tpu",)) for one in programs]
     held = {"parameters": bytes_of(params), "cache": bytes_of((state.cache.k, state.cache.v))}
-    done = [compiling.report(one, held, {}, topology, mesh, cache) for one in lowered]
+    done = [compiling.report(one, held, {}, topology, mesh) for one in lowered]
     needed = max(one.wanted or one.peak / 2**30 for one in done)
     plan = {
         "config": config.name,
