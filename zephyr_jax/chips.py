@@ -130,7 +130,7 @@ def keep_programs(shared: str | os.PathLike[str] = "") -> None:
             config.update("jax_compilation_cache_max_size", _KEPT_BYTES)
         config.update("jax_compilation_cache_dir", folder)
         config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        vars(programs).update(zstd=None, zstandard=None)  # zlib alone finds a damaged program
+        programs.__dict__.update(zstd=None, zstandard=None)  # zlib alone finds a damaged program
         reset_cache()  # after a first program without a folder JAX looks for none
     off = "JAX_ENABLE_COMPILATION_CACHE=false switches that off"
     logging.info("compiled programs are kept in %s (%s)", folder, off)
