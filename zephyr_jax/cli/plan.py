@@ -55,8 +55,7 @@ def run(args: argparse.Namespace) -> None:
     options = PlanOptions(args.rows, args.examples, args.auto, args.processes)
     if args.sample:
         each = [(run, where, n) for run in configs for where in topologies for n in args.sample]
-        last = (tuple(args.lengths), args.examples)
-        plans = [sample_plan(*case, *last) for case in tqdm(each)]
+        plans = [sample_plan(*case, tuple(args.lengths), args.examples) for case in tqdm(each)]
         sys.stdout.write(sample_table(plans))
     else:
         plans = make_plans(configs, topologies, options)

@@ -101,7 +101,11 @@ def replay(workdir: str | os.PathLike[str], step: int) -> list[str]:
         return -scores.logps.sum() / jnp.maximum(rows.loss_mask.sum(), 1)
 
     lines, wrong = [f"parameters of {source}"], []
-    for stored in map(np.load, files):
+    for path in files:
+        try:
+            stored = dict(np.load(path))
+        except Exception as error:  # zipfile's and NumPy's, of many types
+            raise ValueError(f"{path} is damaged ({error}): restore it from a copy") from error
         arrays: list[Any] = [stored[name] for name in Rows._fields]
         rows = Rows(*arrays)
         for at, number in enumerate(stored["numbers"]):
