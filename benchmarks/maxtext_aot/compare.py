@@ -26,7 +26,7 @@ from zephyr_jax.planning.estimate import kernel_flops, timed
 
 HERE = Path(__file__).resolve().parent
 COMMON = ("run_name=aot", "dataset_type=synthetic")
-COMMON += ("enable_checkpointing=false", "compile_topology_num_slices=1", "attention=flash")
+COMMON += ("enable_checkpointing=false", "attention=flash")
 MISTRAL = ("model_name=mistral-7b", "max_target_length=2048", "per_device_batch_size=8")
 SAVED = ("query_proj", "key_proj", "value_proj", "out_proj", "mlpwi_0", "mlpwi_1")
 CUSTOM = ("remat_policy=custom", *(f"{name}=device" for name in SAVED))
@@ -88,38 +88,39 @@ STEPS = {
     ),
     "v6e, our options": Step("v6e:4x4", MISTRAL, CHIPS["v6e"].compiler),
 }
+
+
+def _published(where: str, scale: int, rows: int, tflops: float) -> Step:
+    """A model of `scale` billion parameters of MaxText's configs for v5e-256 or v5p-128."""
+    words = f"global_parameter_scale={scale}", f"per_device_batch_size={rows}"
+    words += "max_target_length=2048", "use_iota_embed=true"
+    if where == "v5p:4x4x4":
+        words += "remat_policy=minimal", "ici_tensor_parallelism=4"
+        return Step(where, words, _options("v5p") | V5P, tflops=tflops)
+    return Step(where, (*words, "remat_policy=full"), _options("v5e"), tflops=tflops)
+
+
+def _trillium(model: str, where: str, rows: int, seconds: float) -> Step:
+    """A model of tpu-recipes, rows of 8,192, whose layers keep activations in host memory."""
+    words = f"model_name={model}", "max_target_length=8192", f"per_device_batch_size={rows}"
+    words += "remat_policy=custom", *(f"{name}=offload" for name in OFFLOADED)
+    words += "use_iota_embed=true", "sa_use_fused_bwd_kernel=true", *BLOCKS
+    return Step(where, words, V6E, seconds=seconds)
+
+
 MEASURED = {  # sources: docs/pods.md, "Held against measured steps"
-    "Llama 3.1 8B": Step(
-        "v6e:4x4",
-        (
-            *("model_name=llama3.1-8b", "max_target_length=8192", "per_device_batch_size=3"),
-            *("remat_policy=custom", *(f"{name}=offload" for name in OFFLOADED)),
-            *("use_iota_embed=true", "sa_use_fused_bwd_kernel=true", *BLOCKS),
-        ),
-        V6E,
-        seconds=3.393,
-    ),
-    "16B": Step(
-        "v5e:16x16",
-        (
-            *("global_parameter_scale=16", "max_target_length=2048", "per_device_batch_size=6"),
-            *("remat_policy=full", "use_iota_embed=true"),
-        ),
-        _options("v5e"),
-        tflops=120.0,
-    ),
-    "32B": Step(
-        "v5p:4x4x4",
-        (
-            *("global_parameter_scale=32", "max_target_length=2048", "per_device_batch_size=7"),
-            *("remat_policy=minimal", "use_iota_embed=true", "ici_tensor_parallelism=4"),
-        ),
-        _options("v5p") | V5P,
-        tflops=328.0,
-    ),
+    "Mistral 7B": _trillium("mistral-7b", "v6e:2x4", 6, 6.320),
+    "Llama 3.1 8B": _trillium("llama3.1-8b", "v6e:4x4", 3, 3.393),
+    "16B": _published("v5e:16x16", 16, 6, 120.0),
+    "16B, two slices": _published("2*v5e:16x16", 16, 6, 117.0),
+    "32B": _published("v5e:16x16", 32, 4, 132.0),
+    "64B": _published("v5e:16x16", 64, 2, 118.0),
+    "32B on v5p": _published("v5p:4x4x4", 32, 7, 328.0),
+    "32B on v5p, 6 rows": _published("v5p:4x4x4", 32, 6, 328.0),
+    "64B on v5p": _published("v5p:4x4x4", 64, 3, 323.0),
 }
 TOPOLOGIES = {"v5p:2x2x4": "v5p-32", "v5e:4x4": "v5e-16", "v6e:4x4": "v6e-16"}
-TOPOLOGIES |= {"v5e:16x16": "v5e-256", "v5p:4x4x4": "v5p-128"}  # v5p by its cores
+TOPOLOGIES |= {"v5e:16x16": "v5e-256", "v6e:2x4": "v6e-8", "v5p:4x4x4": "v5p-128"}
 
 
 def main() -> None:
@@ -128,13 +129,13 @@ def main() -> None:
     parser.add_argument("--maxtext", required=True, help="Python of MaxText's environment")
     parser.add_argument("--folder", type=Path, required=True, help="takes the reports")
     parser.add_argument("--calibrate", action="store_true", help="the measured configurations")
-    parser.add_argument("--only", default="", help="part of a name")
+    parser.add_argument("--only", default="", help="a name")
     args = parser.parse_args()
     steps = MEASURED if args.calibrate else STEPS
     head = ("MaxText 0.2.5", "slice", "GiB a device", "step", "measured", "estimate / measured")
     rows = [head, ["---"] * len(head)]
     for name, step in steps.items():
-        if args.only in name:
+        if args.only in ("", name):
             rows.append([name, step.slice, *cells(step, report(name, step, args))])
     sys.stdout.write("\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n")
 
@@ -146,7 +147,8 @@ def report(name: str, step: Step, args: argparse.Namespace) -> dict[str, Any]:
         flags = " ".join(f"--{key}={value}" for key, value in step.options.items())
         command = [args.maxtext, str(HERE / "compile_step.py"), str(path), *COMMON, *step.words]
         command += [f"base_output_directory={args.folder}"]
-        command += [f"compile_topology={TOPOLOGIES[step.slice]}"]
+        command += [f"compile_topology={TOPOLOGIES[step.slice.removeprefix('2*')]}"]
+        command += [f"compile_topology_num_slices={parse_topology(step.slice).slices}"]
         subprocess.run(command, check=False, env=os.environ | {"LIBTPU_INIT_ARGS": flags})
     return json.loads(gzip.decompress(path.read_bytes()))
 
