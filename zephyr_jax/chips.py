@@ -7,6 +7,7 @@ with `clock_hz` the peak is reached when every cycle does a full matrix product.
 
 from __future__ import annotations
 
+import atexit
 import collections
 import contextlib
 import ctypes
@@ -26,7 +27,7 @@ from etils import epath
 from filelock import FileLock
 
 from zephyr_jax._version import __version__
-from zephyr_jax.storage import absolute, read_checked, user_cache, write_checked
+from zephyr_jax.storage import absolute, file_info, read_checked, user_cache, write_checked
 
 # Compiled programs on disk, of which JAX looks at all when it adds one; those not used for long go.
 _KEPT_BYTES, _KEPT_PROGRAMS = 5 << 30, 1000
@@ -112,7 +113,6 @@ def keep_programs(shared: str | os.PathLike[str] = "") -> None:
     names another place, and JAX_ENABLE_COMPILATION_CACHE=false switches it off.
     """
     import jax
-    from jax._src import compilation_cache as programs  # of which the public module has a part
     from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
     config: Any = jax.config
@@ -123,14 +123,14 @@ def keep_programs(shared: str | os.PathLike[str] = "") -> None:
         folder = os.fspath(shared) or str(user_cache() / "programs")
         if not shared:
             try:
-                _prune(Path(folder))
+                _check_programs(Path(folder))
+                atexit.register(_check_programs, Path(folder))
             except (OSError, NotImplementedError) as error:  # the latter: a disk without locks
                 logging.warning("compiled programs are not kept: %s", error)
                 return
             config.update("jax_compilation_cache_max_size", _KEPT_BYTES)
         config.update("jax_compilation_cache_dir", folder)
         config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        programs.__dict__.update(zstd=None, zstandard=None)  # zlib alone finds a damaged program
         reset_cache()  # after a first program without a folder JAX looks for none
     off = "JAX_ENABLE_COMPILATION_CACHE=false switches that off"
     logging.info("compiled programs are kept in %s (%s)", folder, off)
@@ -149,12 +149,21 @@ def keep_freed_memory() -> None:
             set_option(option, value)
 
 
-def _prune(folder: Path) -> None:
-    """Creates the cache folder; removes old programs, and half-written ones, where JAX fails."""
+def _check_programs(folder: Path) -> None:
+    """Creates the cache folder; removes old, damaged and torn programs (JAX fails over these)."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lockfile", timeout=10):  # JAX's own
         times = sorted(folder.glob("*-atime"), key=lambda path: path.stat().st_mtime)
         kept = {path.name.removesuffix("-atime") for path in times[-_KEPT_PROGRAMS:]}
+        # Where zstandard is installed JAX packs them without a checksum, and runs damaged ones. So
+        # each gets its digest when the process that made it ends.
+        for path in folder.glob("*-cache"):
+            digest, stored = file_info(path)["sha256"], path.with_name(f"{path.name[:-5]}sha256")
+            if not stored.is_file():
+                stored.write_text(digest)
+            elif stored.read_text() != digest:
+                logging.warning("%s is damaged, so the program is compiled again", path)
+                kept.discard(path.name[:-6])
         for path in folder.glob("*-*"):
             if path.name.rpartition("-")[0] not in kept:
                 path.unlink()

@@ -79,7 +79,12 @@ class Entry:
 def run(args: argparse.Namespace) -> tuple[str, None]:
     """The table of result files as Markdown; with --output also in three files."""
     ours = read_results(args.results)
-    text = _markdown(ours)
+    head, *rows = table_rows(ours)
+    lines = [f"| {' | '.join(map(plain, row))} |" for row in [head, *rows]]
+    lines.insert(1, f"|{'---|' * len(head)}")
+    notes = [f"* {plain(entry.model)}: {plain(text)}" for entry in ours for text in entry.settings]
+    below = "Intervals are 95%. Published numbers come without one."
+    text = "\n".join([*lines, "", below, *notes, ""])
     if args.output:
         if args.output.suffix != ".md":
             raise ValueError(f"--output={args.output} names the Markdown file; let it end in .md")
@@ -189,15 +194,6 @@ def table_rows(ours: Sequence[Entry]) -> list[list[str]]:
     shared = [x for x in published() if set(x.numbers) & set(columns)]
     rows = [[x.model, *(str(x.numbers.get(c, "")) for c in columns)] for x in [*ours, *shared]]
     return [["model", *columns], *rows]
-
-
-def _markdown(ours: Sequence[Entry]) -> str:
-    head, *rows = table_rows(ours)
-    lines = [f"| {' | '.join(map(plain, row))} |" for row in [head, *rows]]
-    lines.insert(1, f"|{'---|' * len(head)}")
-    notes = [f"* {plain(entry.model)}: {plain(text)}" for entry in ours for text in entry.settings]
-    below = "Intervals are 95%. Published numbers come without one."
-    return "\n".join([*lines, "", below, *notes, ""])
 
 
 def _draw_table(ours: Sequence[Entry], path: Path) -> None:

@@ -27,13 +27,9 @@ def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _stop_strings(text: str) -> tuple[str, ...]:
-    stop = json.loads(text) if text.startswith('"') else text
-    return (stop,) if stop else ()
-
-
 _SETTINGS: dict[str, Any] = {"max_new_tokens": int, "temperature": float, "top_k": int}
-_SETTINGS |= {"top_p": float, "min_p": float, "seed": int, "stop": _stop_strings}
+_SETTINGS |= {"top_p": float, "min_p": float, "seed": int}
+_SETTINGS["stop"] = lambda x: tuple(filter(None, [json.loads(x) if x[:1] == '"' else x]))
 
 
 def _typed() -> str:

@@ -196,10 +196,6 @@ def frozen_linear(equation: str, x: Array, weight: Quantized) -> Array:
     return linear(equation, x, _gathered(equation, weight, x.dtype))
 
 
-def _frozen_linear_forward(equation: str, x: Array, weight: Quantized):
-    return frozen_linear(equation, x, weight), weight
-
-
 def _frozen_linear_backward(equation: str, weight: Quantized, grad: Array):
     inputs, out = equation.split("->")
     x_axes, w_axes = inputs.split(",")
@@ -207,7 +203,10 @@ def _frozen_linear_backward(equation: str, weight: Quantized, grad: Array):
     return linear(f"{out},{w_axes}->{x_axes}", grad, dequantized), None
 
 
-frozen_linear.defvjp(_frozen_linear_forward, _frozen_linear_backward)
+frozen_linear.defvjp(
+    lambda equation, x, weight: (frozen_linear(equation, x, weight), weight),
+    _frozen_linear_backward,
+)
 
 
 def _gathered(equation: str, weight: Quantized, dtype: Any) -> Array:
