@@ -164,7 +164,7 @@ MUTANTS = (
     Mutant(29, "models/attention.py", "models/test_attention.py::test_splash_equals_float64[3-4]",
            "(window - 1, 0), 0)", "(window, 0), 0)"),
     Mutant(30, "models/mistral.py", "models/test_mistral.py::test_causality_and_window_by_gradient",
-           "layout, cfg.sliding_window, implementation,", "layout, None, implementation,"),
+           "layout, cfg.sliding_window, kernel,", "layout, None, kernel,"),
     Mutant(31, "models/cache.py", "models/test_mistral.py::test_cached_decoding_equals_the_full_forward[4]",
            "(columns + index) % n_slots,", "jnp.minimum(columns + index, n_slots - 1),"),
     Mutant(32, "models/layers.py", "models/test_mistral.py::test_rope_pairs_halves_and_is_relative",
