@@ -283,6 +283,16 @@ def test_preferences_are_no_stream(toy, dialogues):
         build_packed(with_fields(config, data={"seq_len": 9999999}), toy)
 
 
+def test_rows_that_are_damaged_after_the_start_are_named(toy, dialogues, tmp_path):
+    packed = build_packed(copied(dialogues[0], tmp_path), toy)
+    path = packed.folder / "train.array_record"
+    content, rows = bytearray(path.read_bytes()), packed.rows("train")
+    content[1000::97] = bytes(x ^ 1 for x in content[1000::97])
+    path.write_bytes(content)
+    with pytest.raises(OSError, match=f"{path}: .*; remove {packed.folder}, which the next run"):
+        rows.read(range(packed.manifest["splits"]["train"]["rows"]))
+
+
 def test_a_set_in_a_bucket_is_copied_once(world, monkeypatch, tmp_path):
     here, opened = tmp_path / "bucket", []
     here.mkdir()

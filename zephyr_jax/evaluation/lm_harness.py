@@ -288,5 +288,4 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         apply_chat_template=args.chat_template != "off",
         fewshot_as_multiturn=args.chat_template == "multiturn",
     )
-    table = importlib.import_module("lm_eval.utils").make_table(results)
-    return f"{table}\n", results
+    return f"{importlib.import_module('lm_eval.utils').make_table(results)}\n", results

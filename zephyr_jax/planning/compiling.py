@@ -224,10 +224,9 @@ def report(
     try:
         stored = json.loads(gzip.decompress(path.read_bytes()))
         return Compiled(**stored)._replace(parts=parts, options=options)
-    except FileNotFoundError:
-        pass
     except (OSError, EOFError, zlib.error) as error:
-        logging.warning("%s is damaged (%s), so the program is compiled again", path, error)
+        if path.is_file():
+            logging.warning("%s is damaged (%s), so the program is compiled again", path, error)
     text, sizes, wanted = "", (0, sum(parts.values()), 0, 0), 0.0
     try:
         program = lowered.compile()

@@ -113,8 +113,7 @@ class Page:
 
     def write(self, path: epath.Path) -> epath.Path:
         """Writes the page, which appears when it is complete; returns its path."""
-        page = _template().render(title=self.title, blocks=self.blocks)
-        return write_atomic(path, page)
+        return write_atomic(path, _template().render(title=self.title, blocks=self.blocks))
 
 
 @functools.cache

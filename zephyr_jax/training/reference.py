@@ -142,8 +142,7 @@ class ReferenceLogps:
 
 def reference_path(packed: PackedSet, digest: str) -> epath.Path:
     """The folder of this digest: in the folder `reference` next to `packed`, also behind a URL."""
-    sets = epath.Path(packed.home or packed.folder).parent
-    return sets.parent / "reference" / digest[:16]
+    return epath.Path(packed.home or packed.folder).parents[1] / "reference" / digest[:16]
 
 
 def load_reference(packed: PackedSet, parts: dict[str, Any]) -> ReferenceLogps | None:

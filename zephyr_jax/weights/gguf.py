@@ -90,8 +90,7 @@ def gguf_layout(cfg: MistralConfig) -> Layout:
         name = names.get_name(theirs.format(0), try_suffixes=(".weight",))
         return str(name).replace("blk.0.", "blk.{}.")
 
-    table = [rule._replace(theirs=rename(rule.theirs)) for rule in huggingface.TABLE]
-    return Layout.of(cfg, table)
+    return Layout.of(cfg, [x._replace(theirs=rename(x.theirs)) for x in huggingface.TABLE])
 
 
 def export_gguf(

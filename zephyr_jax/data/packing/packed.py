@@ -34,13 +34,16 @@ class RowSource:
     """Random access to the rows of one split."""
 
     def __init__(self, path: Path, dtype: np.dtype) -> None:
-        self._dtype, self._records = dtype, ArrayRecordDataSource(str(path))
+        self._path, self._dtype, self._records = path, dtype, ArrayRecordDataSource(str(path))
 
     def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """The rows at these indices, as a structured array; an index of -1 gives an empty row."""
         rows = np.zeros(len(indices), self._dtype)
         real = [(at, int(i)) for at, i in enumerate(indices) if i >= 0]
-        records = self._records.__getitems__([i for _, i in real]) if real else []
+        try:
+            records = self._records.__getitems__([i for _, i in real]) if real else []
+        except RuntimeError as error:  # by the file's own checksums; it was whole at the start
+            raise OSError(f"{self._path}: {error}; {_remedy(self._path.parent)}") from error
         for (at, _), record in zip(real, records, strict=True):
             rows[at] = np.frombuffer(record, self._dtype)[0]
         return rows
