@@ -203,6 +203,6 @@ def test_marks_go_through_preparing_packing_and_inspection(packing, toy, tmp_pat
 
 def test_sets_of_an_earlier_version_learn_from_every_answer(toy):
     columns = {"role": [b"user", b"assistant"], "content": [b"Why?", b"So."]}
-    [record] = Split([{"prompt": b"Why?", "messages": columns}])[:]
+    [record] = Split("", [{"prompt": b"Why?", "messages": columns}])[:]
     assert record == {"prompt": "Why?", "messages": messages("Why?", "So.")}
     assert sum(render_chat(toy, record["messages"])[1]) > 1

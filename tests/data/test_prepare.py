@@ -127,7 +127,13 @@ def test_a_damaged_set_is_named_and_prepared_again(raw, tmp_path, caplog, refuse
     words = ["prepare_data", "ultrachat", f"--source={raw}", f"--data_dir={tmp_path / 'out'}"]
     assert f"{shard.name} is damaged" in refused(*words)
     main([*words, "--overwrite"])
-    assert len(read_split(whole, "test_sft")) > 0
+    (shard,), rows = whole.glob("*test_sft*"), read_split(whole, "test_sft")
+    assert len(rows[:]) > 0
+    sound = shard.read_bytes()
+    shard.write_bytes(sound[:500] + bytes(len(sound) - 1000) + sound[-500:])
+    with pytest.raises(OSError, match=f"{whole}: .*; prepare the set again, with --overwrite"):
+        rows[:]  # which were whole at the start
+    shard.write_bytes(sound)
     (whole / "digests.json").unlink()
     with pytest.raises(ValueError, match=r"digests.json is missing, so nothing in .* --overwrite"):
         read_split(whole, "test_sft")

@@ -235,8 +235,8 @@ def set_folder(data_dir: str, name: str) -> epath.Path:
 class Split(Sequence[Row]):
     """One split of a prepared set: plain dicts of str, float and lists, read on access."""
 
-    def __init__(self, records: Any):
-        self._records = records
+    def __init__(self, path: str | os.PathLike[str], records: Any):
+        self._path, self._records = path, records
 
     def __len__(self) -> int:
         return len(self._records)
@@ -245,7 +245,10 @@ class Split(Sequence[Row]):
         at = range(len(self))[index]
         if isinstance(at, range):
             return [self[i] for i in at]
-        return {key: _plain(value) for key, value in self._records[at].items()}
+        try:
+            return {key: _plain(value) for key, value in self._records[at].items()}
+        except RuntimeError as error:  # by the file's own checksums; it was whole at the start
+            raise OSError(f"{self._path}: {error}; {_REMEDY}") from error
 
 
 def _plain(value: Any) -> Any:
@@ -295,9 +298,8 @@ def read_split(path: str | os.PathLike[str], split: str, *, contents: bool = Tru
             "held out (--holdout), or train without evaluation: "
             f"--config.data.splits=\"('{present[0]}', '')\""
         )
-    # The declared type of as_data_source is a decorator's and takes no arguments.
-    records: Any = builder.as_data_source
-    return Split(records(split))
+    records: Any = builder.as_data_source  # whose declared type is a decorator's
+    return Split(path, records(split))
 
 
 def dataset_digest(path: str | os.PathLike[str]) -> str:
