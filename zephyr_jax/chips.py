@@ -124,7 +124,7 @@ def keep_programs(shared: str | os.PathLike[str] = "") -> None:
         if not shared:
             try:
                 _check_programs(Path(folder))
-                atexit.register(_check_programs, Path(folder))
+                atexit.register(_check_programs, Path(folder), at_end=True)
             except (OSError, NotImplementedError) as error:  # the latter: a disk without locks
                 logging.warning("compiled programs are not kept: %s", error)
                 return
@@ -149,7 +149,7 @@ def keep_freed_memory() -> None:
             set_option(option, value)
 
 
-def _check_programs(folder: Path) -> None:
+def _check_programs(folder: Path, at_end: bool = False) -> None:
     """Creates the cache folder; removes old, damaged and torn programs (JAX fails over these)."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lockfile", timeout=10):  # JAX's own
@@ -158,10 +158,10 @@ def _check_programs(folder: Path) -> None:
         # Where zstandard is installed JAX packs them without a checksum, and runs damaged ones. So
         # each gets its digest when the process that made it ends.
         for path in folder.glob("*-cache"):
-            digest, stored = file_info(path)["sha256"], path.with_name(f"{path.name[:-5]}sha256")
+            stored = path.with_name(f"{path.name[:-5]}sha256")
             if not stored.is_file():
-                stored.write_text(digest)
-            elif stored.read_text() != digest:
+                stored.write_text(file_info(path)["sha256"])
+            elif not at_end and stored.read_text() != file_info(path)["sha256"]:
                 logging.warning("%s is damaged, so the program is compiled again", path)
                 kept.discard(path.name[:-6])
         for path in folder.glob("*-*"):
