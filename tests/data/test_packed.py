@@ -283,8 +283,9 @@ def test_preferences_are_no_stream(toy, dialogues):
         build_packed(with_fields(config, data={"seq_len": 9999999}), toy)
 
 
-def test_rows_that_are_damaged_after_the_start_are_named(toy, dialogues, tmp_path):
-    packed = build_packed(copied(dialogues[0], tmp_path), toy)
+def test_rows_that_are_damaged_after_the_start_are_named(dialogues, tmp_path):
+    folder = shutil.copytree(dialogues[1].folder, tmp_path / "packed")
+    packed = dataclasses.replace(dialogues[1], folder=folder)
     path = packed.folder / "train.array_record"
     content, rows = bytearray(path.read_bytes()), packed.rows("train")
     content[1000::97] = bytes(x ^ 1 for x in content[1000::97])
