@@ -143,7 +143,7 @@ def transfers_of(body, times=1.0):
 def test_the_axes_of_a_transfer(attributes, axis, devices):
     line = f"  ROOT %g = bf16[8,128] all-gather(%x), channel_id=3, {attributes}, dimensions={{0}}"
     (one,) = transfers_of(line, times=5.0)
-    assert (one.axis, one.devices, one.bytes, one.hidden) == (axis, devices, 2048.0, False)
+    assert (one.axis, one.devices, one.total, one.hidden) == (axis, devices, 5 * 2048.0, False)
 
 
 @pytest.mark.parametrize(

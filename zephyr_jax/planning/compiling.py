@@ -202,25 +202,20 @@ def bytes_of(tree: Any) -> int:
 
 def compile_case(case: Case) -> Compiled:
     """The compiler's report on a run's step."""
-    lowered, options, parts = lower(case)
-    return report(lowered, parts, options, case.topology, case.config.mesh)
+    return report(*lower(case), case.topology, case.config.mesh)
 
 
 def report(
-    lowered: Any, parts: dict[str, int], options: Any, where: Topology, mesh: Any
+    lowered: Any, options: dict[str, str], parts: dict[str, int], where: Topology, mesh: Any
 ) -> Compiled:
-    """The compiler's report on a lowered program, from the cache if it was compiled before.
-
-    `parts` are bytes of its arguments by kind.
-    """
+    """The report on a lowered program, which is kept; `parts`: bytes of its arguments by kind."""
     import jax
 
     start = time.monotonic()
     versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
     words = [*versions, where.name, str(tuple(mesh.axes.values()))]
     key = "\n".join([*words, str(sorted(options.items())), lowered.as_text()])
-    name = f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json.gz"
-    path = user_cache() / "plans" / name
+    path = user_cache() / "plans" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json.gz"
     try:
         stored = json.loads(gzip.decompress(path.read_bytes()))
         return Compiled(**stored)._replace(parts=parts, options=options)

@@ -179,7 +179,7 @@ def _grouped(transfers: list[Collective]) -> list[dict[str, Any]]:
         new = {"kind": one.kind, "axis": one.axis, "hidden": one.hidden}
         group = groups.setdefault(key, new | {"times": 0.0, "bytes": 0.0, "largest": 0.0})
         group["times"] += one.times
-        group["bytes"] += one.bytes * one.times
+        group["bytes"] += one.total
         group["largest"] = max(group["largest"], one.bytes)
     return sorted(groups.values(), key=lambda group: -group["bytes"])
 
@@ -194,6 +194,11 @@ class Collective(NamedTuple):
     times: float  # in a step
     hidden: bool
     origin: str  # the JAX operation that it comes from
+
+    @property
+    def total(self) -> float:
+        """Bytes in a step."""
+        return self.bytes * self.times
 
 
 def find_collectives(
@@ -235,7 +240,7 @@ def find_collectives(
                 by_channel[channel] = collective
             elif hidden and not before.hidden:
                 by_channel[channel] = before._replace(hidden=True)
-    return sorted(by_channel.values(), key=lambda one: -one.bytes * one.times)
+    return sorted(by_channel.values(), key=lambda one: -one.total)
 
 
 def _hidden_calls(program: hlo.Program) -> set[str]:
@@ -298,7 +303,7 @@ def _transfer_seconds(one: Collective, topology: Topology) -> float:
     share = (one.devices - 1) / one.devices
     factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(one.kind, share)
     if topology.slices > 1 and "data" in one.axis:
-        return factor * one.bytes * one.times / topology.chip.dcn_rate
+        return factor * one.total / topology.chip.dcn_rate
     chips, links = -(-one.devices // topology.chip.devices), 0
     if one.kind == "collective-permute":
         chips, links = 1, 2
@@ -306,5 +311,4 @@ def _transfer_seconds(one: Collective, topology: Topology) -> float:
         if chips > 1 and size > 1:
             links += 2 if size >= topology.chip.ring else 1
             chips = -(-chips // size)
-    rate = max(1, links) * topology.chip.link_rate / topology.chip.devices
-    return factor * one.bytes * one.times / rate
+    return factor * one.total / (max(1, links) * topology.chip.link_rate / topology.chip.devices)

@@ -214,7 +214,7 @@ def sample_plan(
         *programs, state = traced(cfg, params, size, sampling)
         lowered = [one.lower(lowering_platforms=("tpu",)) for one in programs]
     held = {"parameters": bytes_of(params), "cache": bytes_of((state.cache.k, state.cache.v))}
-    done = [compiling.report(one, held, {}, topology, mesh) for one in lowered]
+    done = [compiling.report(one, {}, held, topology, mesh) for one in lowered]
     needed = max(one.wanted or one.peak / 2**30 for one in done)
     plan = {
         "config": config.name,

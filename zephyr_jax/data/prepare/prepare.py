@@ -246,9 +246,10 @@ class Split(Sequence[Row]):
         if isinstance(at, range):
             return [self[i] for i in at]
         try:
-            return {key: _plain(value) for key, value in self._records[at].items()}
+            record = self._records[at]
         except RuntimeError as error:  # by the file's own checksums; it was whole at the start
             raise OSError(f"{self._path}: {error}; {_REMEDY}") from error
+        return {key: _plain(value) for key, value in record.items()}
 
 
 def _plain(value: Any) -> Any:
