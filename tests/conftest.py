@@ -9,9 +9,12 @@ from pathlib import Path
 sys.path[:0] = [str(path) for path in Path(__file__).parent.iterdir() if path.is_dir()]
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Compiling is most of the suite's time: these leave out LLVM's passes, and the newer and slower one
+# of XLA's two ways to compile a fusion on a CPU, where it still has both.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
 
 from jaxtyping import install_import_hook

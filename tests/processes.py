@@ -31,12 +31,12 @@ class Host(NamedTuple):
 def start_hosts(hosts: list[Host], devices: int, logs: Path) -> list[subprocess.Popen]:
     """A process for each host with `devices` CPU devices; output goes to `logs`."""
     logs.mkdir(parents=True, exist_ok=True)
-    started = []
+    started, flags = [], os.environ.get("XLA_FLAGS", "")
     for i, host in enumerate(hosts):
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
         }
         command, own = [sys.executable, *host.words], environment | host.environment
         with (logs / f"{i}.log").open("w") as log:
