@@ -249,10 +249,6 @@ def train_tokenizer(
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         split_digits=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
         num_threads=1,
         minloglevel=2,
     )

@@ -46,8 +46,7 @@ def adapter_axes(lora: LoraConfig) -> dict[str, str]:
     out = {}
     for name in lora.targets:
         path, read, written = _PATHS[name]
-        out[f"{path}/a"] = f"L {read} R"
-        out[f"{path}/b"] = f"L R {written}"
+        out |= {f"{path}/a": f"L {read} R", f"{path}/b": f"L R {written}"}
     return out
 
 
@@ -225,10 +224,8 @@ def freeze(params: Params, kind: str, dtype: str) -> Params:
     params.clear()
     for path in list(flat):
         leaf = flat.pop(path)
-        if kind != "full" and path.count("/") == 2:
-            flat[path] = quantize(leaf, PARAM_AXES[path], kind)
-        else:
-            flat[path] = leaf.astype(dtype)
+        quantized = kind != "full" and path.count("/") == 2
+        flat[path] = quantize(leaf, PARAM_AXES[path], kind) if quantized else leaf.astype(dtype)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 

@@ -236,9 +236,8 @@ def log(run: Run, outputs: Outputs, meter: Meter, step: int, order: int) -> None
         means["skipped_steps"] = skipped
     outputs.metrics.write(step, "train", means | rates)
     shown = {"tok/s": f"{rates['target_tokens_per_s']:.0f}"}
-    for name, key in (("loss", "loss"), ("acc", "rewards/accuracies")):
-        if key in means:
-            shown[name] = f"{means[key]:.4f}"
+    names = {"loss": "loss", "rewards/accuracies": "acc"}
+    shown |= {name: f"{means[key]:.4f}" for key, name in names.items() if key in means}
     outputs.bar.set_postfix(shown, refresh=False)
 
 

@@ -89,8 +89,7 @@ class Clock:
         logging.info("time of this start: %s", self)
 
     def __str__(self) -> str:
-        parts = (f"{name.replace('_', ' ')} {x:.3g} s" for name, x in self.parts.items())
-        return ", ".join(parts)
+        return ", ".join(f"{name.replace('_', ' ')} {x:.3g} s" for name, x in self.parts.items())
 
     def read(self, meter: Meter, step: int, pairs: bool) -> dict[str, float]:
         """Rates per second without evaluations and checkpoints, seconds left, parts, goodput."""

@@ -143,8 +143,7 @@ def pair_scores(
 ) -> PairScores:
     """The losses and log-probs of a batch's pairs."""
     rows, mask, ref = batch.rows, batch.pair_mask, batch.ref_logps
-    n_pairs = mask.shape[1]
-    squares = bool(dpo.option("wpo"))
+    n_pairs, squares = mask.shape[1], bool(dpo.option("wpo"))
     each = policy_scores(model, options, params, rows, inputs, branched=True, squares=squares)
     sums, tokens = answer_sums(each.logps, rows, n_pairs, dpo.option("ld_alpha"))
     both = (x[..., answer] for x in (sums, ref, tokens) for answer in (0, 1))

@@ -40,9 +40,8 @@ def make_plan(
 ) -> Plan:
     """The plan; pairs bring their rows per batch, rounded up to `multiple`, data x fsdp x micro."""
     manifest, splits = packed.manifest, packed.manifest["splits"]
-    rows = batch_size
-    if "rows_per_batch" in manifest:
-        rows = packing.round_up(manifest["rows_per_batch"], multiple)
+    stored = manifest.get("rows_per_batch")
+    rows = packing.round_up(stored, multiple) if stored else batch_size
     train, held_out = (splits[s]["rows"] if s in splits else 0 for s in ("train", "eval"))
     per_epoch = manifest.get("steps_per_epoch", -(-train // rows))
     steps = per_epoch * (epochs or -(-packing.LEAST_STEPS // per_epoch))

@@ -195,7 +195,7 @@ def _write_rows(
     seq_len, pairs = fields["seq_len"], fields["pairs_per_row"]
     tokens = targets = 0
     ids, used = np.zeros((len(plan.rows), pairs), np.int64), {}
-    writer = ArrayRecordWriter(str(folder / f"{split}.array_record"), "group_size:1")
+    writer = ArrayRecordWriter(str(folder / f"{split}.array_record"), "group_size:1,zstd:1")
     for number, indices in enumerate(tqdm(plan.rows, desc="write rows", unit="row")):
         selected = [tokenized.read(i) for i in indices]
         if plan.others:

@@ -209,8 +209,7 @@ def level_batches(
 
 def rows_of(lengths: Sequence[int], batch: Sequence[int], seq_len: int) -> list[list[int]]:
     """The rows of a batch, which are lists of the indices in it."""
-    rows = best_fit([lengths[i] for i in batch], seq_len)
-    return [[batch[i] for i in row] for row in rows]
+    return [[batch[i] for i in row] for row in best_fit([lengths[i] for i in batch], seq_len)]
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import sentencepiece
@@ -93,8 +93,7 @@ class Tokenizer(abc.ABC):
 
         A tail of U+FFFD is held back: it may be a character whose other bytes are still to come.
         """
-        recent: list[int] = []
-        done = 0
+        recent, done = [], 0
         for token in ids:
             recent.append(token)
             text = self.decode(recent, continuation)
@@ -105,6 +104,18 @@ class Tokenizer(abc.ABC):
             if len(recent) >= 32 and certain == text and token not in self.added_ids:
                 recent, done, continuation = [], 0, True
         yield self.decode(recent, continuation)[done:]
+
+
+class _WordIds(dict[str, tuple[int, ...]]):
+    """The ids of words, kept since most come again and again; `encode` gives those of a new one."""
+
+    encode: Callable[[str], tuple[int, ...]]
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        if len(self) >= _WORDS:
+            self.clear()
+        ids = self.encode(word)
+        return ids if len(word) > _LONG_WORD else self.setdefault(word, ids)
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
@@ -153,9 +164,8 @@ class SentencePieceTokenizer(Tokenizer):
             self._word_ids = None
             if not any(re.search("[^▁]▁", token) for token in self.vocabulary.tokens):
                 # Nothing merges across a blank, which a word's dummy prefix stands for.
-                blank = (sp.piece_to_id("▁"),)
-                ids_of = functools.lru_cache(_WORDS)(lambda word: tuple(sp.encode(word)) or blank)
-                self._word_ids = ids_of
+                self._word_ids, blank = _WordIds(), (sp.piece_to_id("▁"),)
+                self._word_ids.encode = lambda word: tuple(sp.encode(word)) or blank
             self.added_ids = frozenset(self._added[True].values())
             named = {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "pad": self.pad_id}
             self.tokens = {f"{name}_token": sp.id_to_piece(i) for name, i in named.items()}
@@ -181,9 +191,9 @@ class SentencePieceTokenizer(Tokenizer):
         """The ids of a text without tokens that stand alone, from those of its words."""
         simple = not (text.startswith(" ") or "  " in text or "▁" in text)
         words = text.split(" ") if simple else _BLANK.split(text)
-        if not (text and self._word_ids) or max(map(len, words)) > _LONG_WORD:
+        if not text or self._word_ids is None:
             return self._sp.encode(text)
-        return list(itertools.chain.from_iterable(map(self._word_ids, words)))
+        return list(itertools.chain.from_iterable(map(self._word_ids.__getitem__, words)))
 
     def decode(self, ids: Sequence[int], continuation: bool = False) -> str:
         """The text of `ids`, as in `Tokenizer`; the dummy prefix of every span is dropped."""
