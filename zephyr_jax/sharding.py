@@ -36,12 +36,7 @@ ACTIVATION_RULES: Rules = {
     "F": ("tensor",),
     "V": ("tensor",),
 }
-WEIGHT_RULES: Rules = {
-    "D": ("fsdp", "context"),
-    "K": ("tensor",),
-    "F": ("tensor",),
-    "V": ("tensor",),
-}
+WEIGHT_RULES: Rules = {"D": ("fsdp", "context"), **dict.fromkeys("KFV", ("tensor",))}
 
 
 def make_mesh(
@@ -128,9 +123,7 @@ def reshard(array: jax.Array, axes: str) -> jax.Array:
 
 def weight_spec(axes: str) -> PartitionSpec | None:
     """The partition of a parameter, with or without its layer axis; norm scales are replicated."""
-    if len(axes.replace("L", "")) == 1:
-        return spec(axes, {})
-    return spec(axes, WEIGHT_RULES)
+    return spec(axes, {} if len(axes.replace("L", "")) == 1 else WEIGHT_RULES)
 
 
 def param_specs(table: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:

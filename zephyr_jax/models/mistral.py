@@ -61,12 +61,9 @@ def _remat_policy(remat: str | tuple[str, ...]) -> Any:
         case "full" | "auto":  # sizes that no device has decided
             return policies.nothing_saveable
         case "offload":
-            return policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=[],
-                names_which_can_be_offloaded=[_LAYER_INPUT],
-                offload_src="device",
-                offload_dst="pinned_host",
-            )
+            names = {"names_which_can_be_saved": [], "names_which_can_be_offloaded": [_LAYER_INPUT]}
+            spaces = {"offload_src": "device", "offload_dst": "pinned_host"}
+            return policies.save_and_offload_only_these_names(**names, **spaces)
     return policies.save_only_these_names(*remat)
 
 
