@@ -16,6 +16,7 @@ from zephyr_jax.models.lora import (
     LoraContext,
     abstract_adapters,
     adapter_shapes,
+    dropout_mask,
     init_adapters,
     merge,
     project,
@@ -225,14 +226,14 @@ def test_dropout_is_off_without_a_key_and_keeps_the_mean():
 def test_every_projection_layer_and_key_drops_otherwise(cfg, params, monkeypatch):
     from zephyr_jax.models import lora as module
 
-    masks, draw = [], jax.random.bernoulli
+    masks, draw = [], module.dropout_mask
 
-    def noted(key, *rest, **options):
-        mask = draw(key, *rest, **options)
+    def noted(*arguments):
+        mask = draw(*arguments)
         jax.debug.callback(lambda x: masks.append(np.asarray(x)), mask)
         return mask
 
-    monkeypatch.setattr(module.jax.random, "bernoulli", noted)
+    monkeypatch.setattr(module, "dropout_mask", noted)
     targets = dataclasses.replace(WET, targets=("q", "k", "v", "gate", "up"))  # all read B T D
     adapters = random_adapters(cfg, targets)
     of_adapters = {"adapters": adapters, "lora": targets}
@@ -241,6 +242,22 @@ def test_every_projection_layer_and_key_drops_otherwise(cfg, params, monkeypatch
         run(jax.random.key(seed))
     jax.effects_barrier()
     assert len({mask.tobytes() for mask in masks}) == len(masks) == 2 * 3 * 5
+
+
+def test_masks_are_as_independent_as_coins():
+    """Means, and products of neighbors and of masks of other keys, are within chance's 4.5 sd."""
+    shape, keep = (3, 40, 2, 3, 70), 0.7
+    keys = jax.random.split(jax.random.key(7), 24)
+    masks = np.stack([dropout_mask(key, keep, shape, "BTKGH") for key in keys])
+    coins = ((masks - keep) / np.sqrt(keep * (1 - keep))).reshape(len(keys), -1)
+    n = coins.shape[1]
+    assert np.abs(coins.sum(axis=1)).max() < 4.5 * n**0.5
+    between = coins @ coins.T - np.diag(np.square(coins).sum(axis=1))
+    assert np.abs(between).max() < 4.5 * n**0.5
+    for shift in (1, 2, 3, 4, 8, 16, 64, 70, 128, 210, 256, 420, 1024, 4096, 16800):
+        products = (coins[:, shift:] * coins[:, :-shift]).sum(axis=1)
+        assert np.abs(products).max() < 4.5 * (n - shift) ** 0.5, shift
+    assert dropout_mask(keys[0], 1 - 1e-12, shape, "BTKGH").all()
 
 
 @pytest.mark.slow
