@@ -138,7 +138,7 @@ def sft_run(world, tmp_path_factory):
     """Ten steps of SFT on one device, with checkpoints of steps 5 and 10; copy it to change it."""
     from runs import config_of, finished
 
-    return finished(config_of(world, "sft"), tmp_path_factory.mktemp("sft") / "run")
+    return finished(config_of(world, "sft"), tmp_path_factory.mktemp("sft") / "run%41 #?")
 
 
 @pytest.fixture(scope="session")

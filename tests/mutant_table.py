@@ -88,7 +88,7 @@ MUTANTS = (
     Mutant(12, "data/raw/pairs.py", "data/test_pair_rows.py::test_pairs_are_dropped_and_counted",
            "if chosen[:-1] != rejected[:-1]:", "if False:"),
     Mutant(12, "data/raw/binarize.py", "data/test_binarize.py::test_pairs_are_dropped_and_counted",
-           "if chosen.strip() == rejected.strip():", "if chosen == rejected:"),
+           "chosen.strip() == rejected.strip()", "chosen == rejected"),
     Mutant(12, "data/packing/plan.py",
            "data/test_packed.py::test_pairs_equal_after_the_cut_are_dropped_in_training_and_ties_held_out",
            "fits & ~(equal & training)", "fits"),

@@ -189,7 +189,7 @@ def test_a_push_that_cannot_succeed_is_refused_before_any_work(hub, monkeypatch,
         with pytest.raises(ValueError, match="cannot be pushed to; name it org/name"):
             check_login(name)
     monkeypatch.setenv("HF_TOKEN", "wrong")
-    with pytest.raises(ValueError, match="does not accept the login: Invalid user token"):
+    with pytest.raises(ValueError, match="refuses the login: Invalid user token"):
         check_login("org/x")
 
 

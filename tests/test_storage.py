@@ -224,6 +224,14 @@ def test_any_flipped_byte_of_a_checked_file_is_named(tmp_path: pathlib.Path):
     assert storage.read_checked(path) == {"step": 3}
 
 
+def test_a_lock_is_the_same_however_its_path_is_written(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with storage.lock(tmp_path / "run"):
+        for other in (f"{tmp_path}/run/", tmp_path / "link"):
+            with pytest.raises(ValueError, match="in use by process"), storage.lock(other):
+                pass
+
+
 def test_a_folder_in_a_bucket_is_held(tmp_path, monkeypatch):
     stand_in(monkeypatch, tmp_path)
     monkeypatch.setattr(storage, "_STALE", 4.0)

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import NoReturn
 
 from zephyr_jax.reports.fit import progress
@@ -33,7 +34,7 @@ COMMANDS = {
 
 INTERRUPTED = 130  # exit status after SIGINT, as of shells
 # Errors that input, files and disk can cause; any other is a defect and keeps its traceback.
-_USER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
+_USER_ERRORS = (ValueError, OSError, ModuleNotFoundError, MemoryError, BrokenProcessPool)
 
 
 class _Interrupt:
@@ -67,7 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         unknown = f"error: no command {words[0]!r}\n" if words else ""
         sys.stderr.write(f"{unknown}{usage}\n")
         raise SystemExit(2)
-    name, rest = words[0], words[1:]
+    halves = (word.partition("=") for word in words)  # where shells leave a ~ as it is
+    prompts = ("--prompt", "--system", "--stop")
+    name, *rest = (a + eq + (b if a in prompts else os.path.expanduser(b)) for a, eq, b in halves)
     module = importlib.import_module(COMMANDS[name][0])
     # allow_abbrev would take --config.a.b for a shortened flag of its own
     parser = _Parser(

@@ -30,13 +30,8 @@ ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SUFFIXES = (".json", ".jsonl", ".gz", ".zst", ".parquet", ".csv", ".tsv", ".txt", ".arrow")
 _SUFFIXES += (".gguf", ".safetensors", ".model", ".bin", ".pt", ".py")
 # What the client raises; HfHubHTTPError and a missing token are OSErrors.
-ERRORS = (
-    OSError,
-    TransportError,
-    errors.HFValidationError,
-    errors.RevisionResolutionError,
-    errors.XetDownloadError,
-)
+ERRORS = (OSError, TransportError, errors.HFValidationError)
+ERRORS += (errors.RevisionResolutionError, errors.XetDownloadError)
 _LFS = 1 << 28  # bytes from which on the hub has no file in Git itself
 _T = TypeVar("_T")
 
@@ -125,8 +120,7 @@ def check_login(name: str) -> None:
     except errors.LocalTokenNotFoundError as error:
         raise ValueError(f"a push to {name} needs an account: {LOGIN}") from error
     except ERRORS as error:
-        why = f"{constants.ENDPOINT} does not accept the login"
-        raise ValueError(f"{why}: {one_line(error)}") from error
+        raise ValueError(f"{constants.ENDPOINT} refuses the login: {one_line(error)}") from error
 
 
 def push(path: Path, name: str, *, private: bool = True) -> str:

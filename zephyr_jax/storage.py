@@ -181,10 +181,14 @@ def lock(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]:
         with _held_in_bucket(epath.Path(path)):
             yield
         return
-    place = Path(path).absolute().parent / UNFINISHED / f"{os.path.basename(path)}.lock"
+    real = Path(os.path.realpath(path))  # one lock, however the path is written
+    place = real.parent / UNFINISHED / f"{real.name}.lock"
     made = [folder for folder in (place.parents[1], place.parent) if not folder.is_dir()]
     place.parent.mkdir(parents=True, exist_ok=True)
-    lease = SoftFileLease(place, lease_duration=_STALE)
+    lost = f"error: another process took {path} over, while this one stood still\n".encode()
+    lease = SoftFileLease(
+        place, lease_duration=_STALE, on_compromise=lambda _: os._exit(os.write(2, lost) and 1)
+    )
     try:
         try:
             lease.acquire(timeout=-1 if wait else 0)
@@ -194,7 +198,7 @@ def lock(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]:
             lease.acquire(timeout=1.5 * _STALE)  # as long as its holder may take to renew it
     except Timeout as error:
         mark = dict(line.split("=", 1) for line in place.read_text().splitlines() if "=" in line)
-        holder = f"process {mark['pid']} on {mark['host']}"
+        holder = f"process {mark.get('pid', '?')} on {mark.get('host', '?')}, by {place}"
         raise ValueError(f"{path} is in use by {holder}: {_WAY_OUT}") from error
     try:
         yield

@@ -179,6 +179,8 @@ def test_every_kind_of_value_can_be_set_from_the_command_line_and_survives_json(
         ("train.bad_steps.skp=1", "train.bad_steps='skp' is not known; use one of skip, spike"),
         ("train.bad_steps.skip=2.5", "train.bad_steps.skip=2.5 must be above 0, and whole"),
         (f"optim.peak_lr={'9' * 400}", "config.optim.peak_lr=9+ must be of type float"),
+        ("seed=4294967296", r"seed=4294967296 must be 0 or more, and below 2\^32"),
+        ("data.splits=('a','a')", r"data.splits=\('a', 'a'\) must be \(TRAINING, HELD_OUT\)"),
         (f"seed={'-' * 3000}1", "config.seed='-+1' must be of type int"),
         ("optim.peak_lr=nan", "peak_lr=nan must be positive and finite"),
         ("model.bos_token_id=-1", "bos_token_id=-1 must be ids below vocab_size=32000"),

@@ -27,6 +27,14 @@ def all_files(folder):
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
+def test_a_source_that_changes_while_it_is_read_is_refused(raw, tmp_path, monkeypatch):
+    read = records.convert_chunk
+    changed = lambda task: (task.plan.sources.files[0].path.touch(), read(task))[1]  # noqa: E731
+    monkeypatch.setattr(records, "convert_chunk", changed)
+    with pytest.raises(ValueError, match="was written to while it was read; prepare again"):
+        prepare("ultrachat", raw, tmp_path / "out")
+
+
 def test_dialogues_arrive_cleaned_and_split(raw, tmp_path):
     out = tmp_path / "o[1]*?"
     path = prepare("ultrachat", raw, out)

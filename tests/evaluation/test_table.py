@@ -59,6 +59,9 @@ def test_a_models_results_share_a_row_above_the_published_ones(files, capsys):
     numbers = json.loads((files / "t.json").read_text())
     assert numbers["ours"][0]["numbers"]["ARC"]["value"] == 50
     assert (files / "t.png").stat().st_size > 1000
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", "table", *paths, f"--output={files}/a.md"])
+    assert json.loads((files / "a.json").read_text()) == ALPACA
 
 
 def test_a_part_of_a_task_is_no_result_of_the_task(files):

@@ -155,12 +155,14 @@ def test_help_names_every_command(talk, fake):
 def test_save_and_load(talk, fake, tmp_path):
     path = tmp_path / "my chat.jsonl"
     fake.answers = ["é\u2028 "]
-    out = talk("/system be kind", "one", f"/save {path}", "two", f"/save {path}")
-    assert out.count(f"(saved in {path})") == 2
+    out = talk("/system be kind", "one", f"/save {path}.1", "two", f"/save {path}")
+    assert "exists; name another" in talk("one", f"/save {path}")
+    assert f"(saved in {path}.1)" in out
+    assert f"(saved in {path})" in out
     (line,) = path.read_text(encoding="utf-8").split("\n")[:-1]
     row = json.loads(line)
     assert contents(row["messages"]) == ["be kind", "one", "é\u2028 ", "two", "answer 2"]
-    assert [x.name for x in tmp_path.iterdir()] == [path.name]
+    assert {x.name for x in tmp_path.iterdir()} == {path.name, f"{path.name}.1"}
     assert read_lines(path, [])[0].messages == row["messages"]  # as --prompts reads it
     assert unfit(own_schemas()["own"], row) is None  # as prepare_data.py reads it
     fake.prompts.clear()

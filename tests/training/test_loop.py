@@ -91,9 +91,12 @@ def test_a_workdir_belongs_to_one_run(sft_run, tmp_path):
         setup(other, sft_run.workdir)
     workdir = sft_run.copied(tmp_path / "ported")
     (workdir / "run_config.json").unlink()
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
     message = "run_config.json is missing: restore it, .* ported model is named"
-    with pytest.raises(ValueError, match=message):
-        setup(sft_run.config, workdir)
+    for folder in (workdir, tmp_path / "hf"):
+        with pytest.raises(ValueError, match=message):
+            setup(sft_run.config, folder)
 
 
 def test_another_number_of_micro_batches_or_devices_goes_on_where_it_was(dpo_run, tmp_path):

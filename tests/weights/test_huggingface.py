@@ -152,6 +152,7 @@ def test_config_errors_are_one_line(tmp_path, cfg, params):
         ({"model_type": "gpt2"}, "model_type='gpt2'"),
         ({"quantization_config": {"bits": 4}}, "is quantized"),
         ({"rope_scaling": {"type": "yarn"}}, "rope type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "x"}}, "type 'x'"),
         ({"num_hidden_layers": 10**9}, "000, but there are only 30 tensors"),
         ({"hidden_size": 10**9}, "do not fit; shapes: "),
         ({"max_position_embeddings": 10**12}, "max_position_embeddings=1000000000000 is no number"),

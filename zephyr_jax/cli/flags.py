@@ -26,12 +26,11 @@ def output_file(text: str) -> Path:
     """The type of a flag that names a file to write, in a folder that is there."""
     path = Path(text).expanduser()
     try:
-        if path.is_dir() or not path.absolute().parent.is_dir():
+        if (path.exists() and not path.is_file()) or not path.absolute().parent.is_dir():
             raise argparse.ArgumentTypeError(f"{path} is not a file in an existing folder")
-        path.exists()
     except OSError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    return path
+    return path.resolve() if path.is_symlink() else path
 
 
 def adder(flag: str, **defaults: Any) -> Callable[..., None]:

@@ -73,7 +73,7 @@ def read_file(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise importlib.import_module("zephyr_jax.recipes.__main__").missing(name)
     try:
         tree = runpy.run_path(str(path))["get_config"]().to_dict()
-    except Exception as error:  # running the file may raise anything
+    except (Exception, SystemExit) as error:  # running the file may raise anything
         problem = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is not a config file with get_config() ({problem})") from error
     for word in overrides:

@@ -94,10 +94,10 @@ class MistralConfig:
         kind = config.get("model_type")
         if kind not in ("mistral", "llama"):
             raise ValueError(f"model_type={kind!r} in config.json is neither mistral nor llama")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default":
-            raise ValueError(f"rope type {rope_type!r} is not supported; only 'default' is")
+        rope = (config.get("rope_parameters") or {}) | (config.get("rope_scaling") or {})
+        for rope_type in (rope.get("rope_type", "default"), rope.get("type", "default")):
+            if rope_type != "default":
+                raise ValueError(f"rope type {rope_type!r} is not supported; only 'default' is")
         if config.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act={config['hidden_act']!r} is not supported; 'silu' is")
         for bias in ("attention_bias", "mlp_bias"):

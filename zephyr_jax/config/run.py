@@ -57,8 +57,8 @@ class DataConfig:
         positive(self, "seq_len")
         choose("data.packing", self.packing, ("best_fit", "concat"))
         weighted("data.dataset", self.dataset)
-        rule = "(TRAINING, HELD_OUT); without evaluation ('train_sft', '')"
-        require(len(self.splits) == 2 and self.splits[0] != "", "data.splits", self.splits, rule)
+        holds = len(self.splits) == 2 and self.splits[0] not in ("", self.splits[1])
+        require(holds, "data.splits", self.splits, "(TRAINING, HELD_OUT), or ('train_sft', '')")
 
     @property
     def dataset_weights(self) -> dict[str, float]:
@@ -263,7 +263,7 @@ class RunConfig:
     lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 or more, and below 2^32")
         mode, other = (self.dpo.reference, self.dpo.reference_model) if self.dpo else ("", "")
         if self.lora and not self.init:
             raise ValueError("config.lora adapts a trained model; name one as config.init")
@@ -277,6 +277,9 @@ class RunConfig:
         if problem := problems.get((mode, bool(self.lora), bool(other))):
             raise ValueError(f"dpo.reference={mode} {problem}")
         length, over = self.data.seq_len, self.mesh.context
+        longest = self.dpo.max_length if self.dpo else length
+        limit, rule = self.model.max_position_embeddings, f"at least {longest}, as a document is"
+        require(limit >= longest, "max_position_embeddings", limit, rule)
         require(length % over == 0, "data.seq_len", length, f"divisible by mesh.context={over}")
 
     @classmethod

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import shutil
 import sys
 import time
 from collections import Counter
@@ -80,7 +79,6 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{root} holds a demo with {found}, not {settings}; take another folder")
     keep_freed_memory()
     for unfinished in list(root.rglob(".*.tmp")):  # of a demo that was killed
-        shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.unlink(missing_ok=True)
     write_checked(root / "demo.json", settings)
     sft, dpo = (_config(stage, root, **settings) for stage in ("sft", "dpo"))

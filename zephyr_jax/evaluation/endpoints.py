@@ -83,7 +83,7 @@ class Spending:
         """Counts a request that is to be sent; CapReached if it may not be."""
         for name in ("requests", "cost"):
             most = getattr(self, f"max_{name}")
-            if most and getattr(self, name) >= most:
+            if most and not getattr(self, name) < most:
                 raise CapReached(f"--max_{name}={most:g} is reached")
         self.requests += 1
 

@@ -86,8 +86,10 @@ def run(args: argparse.Namespace) -> tuple[str, None]:
     below = "Intervals are 95%. Published numbers come without one."
     text = "\n".join([*lines, "", below, *notes, ""])
     if args.output:
-        if args.output.suffix != ".md":
-            raise ValueError(f"--output={args.output} names the Markdown file; let it end in .md")
+        read = [Path(path).resolve() for path in args.results]
+        if args.output.suffix != ".md" or args.output.with_suffix(".json").resolve() in read:
+            rule = "must end in .md, and its .json be none of the results"
+            raise ValueError(f"--output={args.output} names the Markdown file: it {rule}")
         write_atomic(args.output, text)
         tables = {"ours": ours, "published": published()}
         numbers = {kind: [*map(dataclasses.asdict, rows)] for kind, rows in tables.items()}

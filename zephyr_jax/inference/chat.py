@@ -49,7 +49,6 @@ class Chat:
 
     def __init__(self, model: _Model, sampling: SamplingParams, messages: _Messages):
         self.messages, self.sampling, self._model = messages, sampling, model
-        self._saved: set[Path] = set()  # files that /save may replace
 
     def talk(self) -> None:
         """Talks on stdin and stdout until the input ends, /quit, or Ctrl-C while typing."""
@@ -163,10 +162,9 @@ class Chat:
         if not name or not self._last:
             raise ValueError("/save needs a FILE.jsonl, and a conversation to write")
         path = Path(name).expanduser().absolute()
-        if path.exists() and path not in self._saved:
+        if path.exists():
             raise ValueError(f"{path} exists; name another file, or remove it first")
         write_atomic(path, json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
-        self._saved.add(path)
         _show(f"(saved in {path})\n")
 
     def do_load(self, name: str) -> None:

@@ -43,9 +43,7 @@ def kl_estimate(total: Array, weight: Array) -> Float[Array, ""]:
 def power_score(x: Values, alpha: float) -> Losses:
     """(1 - exp(-alpha x)) / alpha, x for alpha = 0; exponents above 40 count as 40; float32."""
     x = jnp.asarray(x, jnp.float32)
-    if alpha == 0:
-        return x
-    return -jnp.expm1(jnp.minimum(-alpha * x, _LARGEST_EXPONENT)) / alpha
+    return x if alpha == 0 else -jnp.expm1(jnp.minimum(-alpha * x, _LARGEST_EXPONENT)) / alpha
 
 
 def divergence_score(log_ratio: Values, options: LossOptions) -> Losses:

@@ -109,8 +109,7 @@ def record_cards(record: Row, tok: Tokenizer | None) -> list[Group]:
     texts = [record[side][-1]["content"] for side in titles]
     if tok is None:
         shared = [_turn_card(turn) for turn in context]
-        for (side, title), text in zip(titles.items(), texts, strict=True):
-            answers.append(Card(title, [Span(text)], side))
+        answers += [Card(titles[x], [Span(record[x][-1]["content"])], x) for x in titles]
     else:
         prompt, *both = render_pair(tok, context, *texts)
         unlearned = [0] * len(prompt)

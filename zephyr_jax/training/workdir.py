@@ -29,7 +29,7 @@ def check_unclaimed(workdir: epath.Path, config: dict[str, Any]) -> None:
     """Raises a ValueError where an earlier run in `workdir` had another configuration."""
     path, remedy = workdir / "run_config.json", "restore it, or take another --workdir"
     if not path.is_file():
-        if saved_steps(workdir):
+        if saved_steps(workdir) or (workdir / "config.json").is_file():
             raise ValueError(f"{path} is missing: {remedy}; a ported model is named as config.init")
         return
     before, now = flat(read_checked(path, remedy)), flat(json.loads(json.dumps(config)))

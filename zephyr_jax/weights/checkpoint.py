@@ -27,6 +27,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from zephyr_jax import storage
 from zephyr_jax.chips import check_space
+from zephyr_jax.config import require
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.distributed import first_decides
@@ -108,6 +109,8 @@ def check_step(folder: epath.Path, parts: Sequence[str] = ("",)) -> None:
         return
     meta = storage.read_json(folder / "meta" / "metadata", "take another step")
     storage.verify(folder, parts, required="sealed" in meta)
+    if str(meta.get("step", folder.name)) != folder.name:
+        raise ValueError(f"{folder} holds step {meta['step']}: give it that name")
 
 
 def params_digest(params: Params) -> str:
@@ -139,6 +142,7 @@ class Checkpointer:
 
     def __init__(self, workdir: str | os.PathLike[str], keep: int):
         self._root, self._keep = storage.absolute(workdir), keep
+        require("[" not in str(self._root), "workdir", workdir, "a path without [: Orbax globs it")
         self.best = 0  # set by the run
         self._orbax: ocp.CheckpointManager | None = None
         self._background = ThreadPoolExecutor(1)
@@ -285,8 +289,8 @@ def read_stored(folder: epath.Path, like: Params, dtype: str) -> Params:
 
 
 def _read_array(folder: epath.Path, path: str, leaf: Any, dtype: str) -> jax.Array:
-    base = str(folder) if storage.is_remote(folder) else f"file://{folder}"
-    store = {"driver": "ocdbt", "base": f"{base}/", "path": path.replace("/", ".") + "/"}
+    base = f"{folder}/" if storage.is_remote(folder) else {"driver": "file", "path": f"{folder}/"}
+    store = {"driver": "ocdbt", "base": base, "path": path.replace("/", ".") + "/"}
     spec = {"driver": "zarr", "kvstore": store | {"cache_pool": "cache_pool#index"}}
     try:
         stored = tensorstore.open(spec, open=True, read=True, context=_CONTEXT).result()

@@ -62,7 +62,7 @@ def convert_row(plan: Plan, contaminants: filters.Contaminants, row: Row | str) 
     try:
         records, rules = plan.schema.read(row)
         json.dumps(records, ensure_ascii=False).encode()  # half a surrogate pair has no bytes
-    except (UnicodeEncodeError, RecursionError, BadRow) as error:
+    except (UnicodeEncodeError, RecursionError, TypeError, BadRow) as error:
         reasons = {UnicodeEncodeError: "lone_surrogate", RecursionError: "too_deep"}
         return Outcome([], Counter(), unfit=reasons.get(type(error), str(error)))
     kept, rules, shared, limits = [], Counter(rules), [], plan.selection
@@ -128,7 +128,7 @@ def check_rows(plan: Plan, result: Converted) -> dict[str, dict[str, Any]]:
     reasons = "; ".join(shown[:8])
     if len(shown) > 8:
         reasons += f"; and {len(shown) - 8} more reasons"
-    if count > plan.max_bad_fraction * read:
+    if not count <= plan.max_bad_fraction * read:  # also where that is nan
         raise ValueError(
             f"{count} of {read} rows do not fit, more than max_bad_fraction="
             f"{plan.max_bad_fraction:g}: {reasons}; correct or remove them, or raise it"

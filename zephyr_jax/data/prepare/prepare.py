@@ -149,7 +149,7 @@ def make_plan(
         raise ValueError(f"no data set {dataset!r}: choose one of {', '.join(DATASETS)}")
     kind = DATASETS[dataset]
     schemas, config_name = kind.schemas(rules), config_name or kind.default
-    if not re.fullmatch(r"[\w.-]+", config_name):
+    if not re.fullmatch(r"\w[\w.-]*", config_name):
         raise ValueError(f"config_name={config_name!r}: use letters, digits and . _ - only")
     schema = schemas.get("own", schemas.get(config_name))
     if schema is None:

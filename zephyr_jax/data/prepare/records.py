@@ -154,14 +154,16 @@ def write_set(plan: Plan, folder: Path, workers: int = 0) -> None:
     work = folder / ".work"
     work.mkdir(parents=True)
     tasks = [Task(plan, *chunk, n, work / f"{n:05d}") for n, chunk in enumerate(chunks)]
-    sizes = {source.path: source.path.stat().st_size for source in plan.sources.files}
-    if not workers and sum(sizes.values()) > _WORTH_PROCESSES:
+    found = {source.path: source.path.stat() for source in plan.sources.files}
+    if not workers and sum(stat.st_size for stat in found.values()) > _WORTH_PROCESSES:
         workers = convert.available_cores()
     plain = (".json", ".jsonl")
-    needed = sum(size * (4 if path.suffix in plain else 12) for path, size in sizes.items())
+    needed = sum(x.st_size * (4 if path.suffix in plain else 12) for path, x in found.items())
     free = shutil.disk_usage(folder).free
     try:
         parts = convert.run_tasks(convert_chunk, tasks, workers, f"prepare {plan.dataset}")
+        if changed := [x for x in found if x.stat().st_mtime_ns != found[x].st_mtime_ns]:
+            raise ValueError(f"{changed[0]} was written to while it was read; prepare again")
         _write_selected(plan, folder, tasks, merge(tasks, parts))
     except (OSError, RuntimeError) as error:
         # Writers say in several ways that the disk or a quota is full.

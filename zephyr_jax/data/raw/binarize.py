@@ -125,9 +125,7 @@ def text_fault(chosen: str, rejected: str) -> str | None:
     """The rule by which two answers are not a pair: `empty_response`, `identical_text` or None."""
     if not chosen.strip() or not rejected.strip():
         return "empty_response"
-    if chosen.strip() == rejected.strip():
-        return "identical_text"
-    return None
+    return "identical_text" if chosen.strip() == rejected.strip() else None
 
 
 def _scored_answers(row: Row, rules: BinarizationRules, counts: Counter[str]) -> list[_Answer]:
@@ -188,9 +186,9 @@ def repair_overall_score(completion: Mapping[str, Any]) -> tuple[float | None, s
 
 
 def finite(value: object) -> float | None:
-    """The value as a float, None unless it is a finite number, perhaps in a text."""
+    """The value as a float, None unless it is a number that float32 has, perhaps in a text."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)  # type: ignore
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) < 3.4e38 else None

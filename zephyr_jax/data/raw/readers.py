@@ -147,7 +147,7 @@ def _explained(path: Path) -> Iterator[None]:
             f"{path} is not {error.encoding.upper()} ({error.reason} at byte {error.start}): "
             "convert it, as by iconv -f WINDOWS-1252 -t UTF-8"
         ) from error
-    except (EOFError, OSError, zlib.error, pa.ArrowException) as error:
+    except (EOFError, OSError, OverflowError, KeyError, zlib.error, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.EACCES, errno.EISDIR):
             raise
         message = " ".join(str(error).split())[:120]
