@@ -33,6 +33,9 @@ def place(dpo_run, tmp_path_factory):
     root = epath.Path(tmp_path_factory.mktemp("place"))
     shutil.copytree(dpo_run.config.data.data_dir, root / "data")
     workdir = dpo_run.copied(root / "run")
+    own = root / "data/packed" / Run(workdir).meta["packed"]
+    for other in {*own.parent.iterdir()} - {own}:
+        other.rmtree()  # of other runs, which nothing here reads
     with mesh_of(ONE):
         model = zj.load_model(workdir)
         zj.export_hf(*model[:3], root / "hf")
