@@ -1,13 +1,13 @@
 """Kills a small run at random moments for a while: does it end where an undisturbed one does?
 
-python scripts/dev/soak.py --minutes=120 [--steps=400] [--longest=60] [--seed=0]
+python scripts/dev/soak.py --minutes=120 [--steps=1500] [--longest=400] [--seed=0]
 
 Needs no data: it makes up records of the demo's world. Each round trains `--steps` steps in a new
 folder, is killed (SIGKILL or SIGTERM) until it is done, and must end with the parameters, to the
 bit, and the lines of metrics of the undisturbed run. No process may grow by more than 2% while it
-trains: from its 150th step on, when malloc's free lists have their size, the median of its resident
-memory in the last quarter of the time next to that in the second, where it was seen at least 20
-times. Exit status 1 if one of the two fails.
+trains: from its 450th step on, when the heap has the size that a checkpoint needs, the median of
+its resident memory in the last quarter of the time next to that in the second, where it was seen at
+least 20 times. Exit status 1 if one of the two fails.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from zephyr_jax.config.run import load_config
 from zephyr_jax.data.prepare.prepare import prepare
 from zephyr_jax.demo import corpus
 
-SETTLED = 150  # steps
+SETTLED = 450  # steps
 _TIMED = ("_per_s", "elapsed_s", "eta_s", "goodput", "wall_s", "productive_s", "crc32", "mfu")
 
 
@@ -101,8 +101,8 @@ def main() -> None:
     """Runs rounds until the time is over; exit status 1 if one ended elsewhere, or grew."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=120)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--longest", type=float, default=60, help="seconds until a kill, at most")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--longest", type=float, default=400, help="seconds until a kill, at most")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     root, draw = Path(tempfile.mkdtemp(prefix="soak-")), random.Random(args.seed)
