@@ -185,10 +185,9 @@ def lock(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]:
     place = real.parent / UNFINISHED / f"{real.name}.lock"
     made = [folder for folder in (place.parents[1], place.parent) if not folder.is_dir()]
     place.parent.mkdir(parents=True, exist_ok=True)
-    lost = f"error: another process took {path} over, while this one stood still\n".encode()
-    lease = SoftFileLease(
-        place, lease_duration=_STALE, on_compromise=lambda _: os._exit(os.write(2, lost) and 1)
-    )
+    lost = f"error: while this one stood still, another process took {path} over\n".encode()
+    end = lambda x: x.reason == "refresh-failed" or os._exit(os.write(2, lost) and 1)  # noqa: E731
+    lease = SoftFileLease(place, lease_duration=_STALE, on_compromise=end)
     try:
         try:
             lease.acquire(timeout=-1 if wait else 0)

@@ -278,8 +278,8 @@ class RunConfig:
             raise ValueError(f"dpo.reference={mode} {problem}")
         length, over = self.data.seq_len, self.mesh.context
         longest = self.dpo.max_length if self.dpo else length
-        limit, rule = self.model.max_position_embeddings, f"at least {longest}, as a document is"
-        require(limit >= longest, "max_position_embeddings", limit, rule)
+        limit, rule = self.model.max_position_embeddings, f"{longest} (seq_len, max_length) or more"
+        require(limit >= longest, "model.max_position_embeddings", limit, rule)
         require(length % over == 0, "data.seq_len", length, f"divisible by mesh.context={over}")
 
     @classmethod
