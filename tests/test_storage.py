@@ -230,6 +230,7 @@ def test_a_lock_is_the_same_however_its_path_is_written(tmp_path):
         for other in (f"{tmp_path}/run/", tmp_path / "link"):
             with pytest.raises(ValueError, match="in use by process"), storage.lock(other):
                 pass
+    assert os.path.islink(storage.write_atomic(tmp_path / "link", "x"))  # its target is written
 
 
 def test_a_folder_in_a_bucket_is_held(tmp_path, monkeypatch):

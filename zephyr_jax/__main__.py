@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor
 from typing import NoReturn
 
 from zephyr_jax.reports.fit import progress
@@ -34,7 +34,7 @@ COMMANDS = {
 
 INTERRUPTED = 130  # exit status after SIGINT, as of shells
 # Errors that input, files and disk can cause; any other is a defect and keeps its traceback.
-_USER_ERRORS = (ValueError, OSError, ModuleNotFoundError, MemoryError, BrokenProcessPool)
+_USER_ERRORS = (ValueError, OSError, ModuleNotFoundError, MemoryError, BrokenExecutor)
 
 
 class _Interrupt:

@@ -103,13 +103,14 @@ def write_atomic(
         write(buffer)
         final.write_bytes(buffer.getvalue())
         return final
-    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.tmp")
+    real = Path(os.path.realpath(final))  # a link stays, and its target is replaced
+    temporary = real.with_name(f".{real.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with naming(final), temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(final)
+        temporary.replace(real)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -143,6 +144,7 @@ def new_folder(folder: Path) -> Iterator[Path | None]:
 @contextlib.contextmanager
 def _building(final: Path, replace: bool) -> Iterator[Path]:
     """What `atomic_path` does while it holds the lock."""
+    final = Path(os.path.realpath(final))  # a link stays, and its target is replaced
     temporary = final.parent / UNFINISHED / final.name
     replaced = temporary.with_name(f"{final.name}.old")
     if replaced.exists() and not final.exists():  # killed between the two renames below

@@ -275,9 +275,8 @@ def test_a_stream_holds_the_dialogues_end_to_end(toy, dialogues, loss_on):
 
 
 def test_preferences_are_no_stream(toy, dialogues):
-    config, dpo = dialogues[0], load_config("demo_dpo").dpo
-    model = {"max_position_embeddings": 10**7}
-    config = with_fields(config, data={"packing": "concat"}, model=model)
+    model, dpo = {"max_position_embeddings": 10**7}, load_config("demo_dpo").dpo
+    config = with_fields(dialogues[0], data={"packing": "concat"}, model=model)
     with pytest.raises(ValueError, match="data.packing=concat must be best_fit"):
         packed_folder(dataclasses.replace(config, dpo=dpo), toy)
     with pytest.raises(ValueError, match="fill no row of data.seq_len=9999999"):

@@ -30,7 +30,7 @@ def output_file(text: str) -> Path:
             raise argparse.ArgumentTypeError(f"{path} is not a file in an existing folder")
     except OSError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    return path.resolve() if path.is_symlink() else path
+    return path
 
 
 def adder(flag: str, **defaults: Any) -> Callable[..., None]:

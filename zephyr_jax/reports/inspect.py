@@ -106,12 +106,12 @@ def record_cards(record: Row, tok: Tokenizer | None) -> list[Group]:
         return [top, Group([_token_card(tok, "dialogue", ids, mask, "target")])]
     context, answers = record["chosen"][:-1], []
     titles = {side: f"{side}, score {record[f'score_{side}']:g}" for side in ("chosen", "rejected")}
-    texts = [record[side][-1]["content"] for side in titles]
+    texts = {side: record[side][-1]["content"] for side in titles}
     if tok is None:
         shared = [_turn_card(turn) for turn in context]
-        answers += [Card(titles[x], [Span(record[x][-1]["content"])], x) for x in titles]
+        answers += [Card(titles[side], [Span(text)], side) for side, text in texts.items()]
     else:
-        prompt, *both = render_pair(tok, context, *texts)
+        prompt, *both = render_pair(tok, context, *texts.values())
         unlearned = [0] * len(prompt)
         shared = [_token_card(tok, "prompt", prompt, unlearned, "target")]
         for (side, title), ids in zip(titles.items(), both, strict=True):

@@ -65,8 +65,7 @@ def new_export(path: str | os.PathLike[str], overwrite: bool, needed: int) -> It
     After an error nothing is changed. A ValueError says that the disk has no room for `needed`
     bytes. A folder is sealed, but for its README.md.
     """
-    path = Path(path).resolve()  # a link stays, and its target is replaced
-    check_replaceable(path, overwrite)
+    check_replaceable(Path(path), overwrite)
     check_space(path, needed)
     with atomic_path(path, replace=True) as temporary:
         yield temporary
