@@ -6,7 +6,6 @@ Where the hub cannot be reached, a complete copy in the client's cache serves, w
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import time
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 from absl import logging
 from httpx2 import TransportError
 from huggingface_hub import HfApi, constants, errors, get_cached_repo_tree
+from huggingface_hub.utils.sha import git_hash
 
 from zephyr_jax._version import __version__
 from zephyr_jax.storage import file_info
@@ -100,15 +100,11 @@ def _check_same(path: Path, blob_id: str) -> None:
     """Raises a ValueError unless a file is what Git's id of it, or of its LFS pointer, says."""
     info = file_info(path)
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {bytes}\n"
-    if blob_id == _git_id(pointer.format_map(info).encode()):
+    if blob_id == git_hash(pointer.format_map(info).encode()):
         return
-    if info["bytes"] >= _LFS or blob_id != _git_id(path.read_bytes()):
+    if info["bytes"] >= _LFS or blob_id != git_hash(path.read_bytes()):
         hint = "remove it, and the same command fetches it again"
         raise ValueError(f"{path} is not what {constants.ENDPOINT} has: {hint}")
-
-
-def _git_id(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def check_login(name: str) -> None:
