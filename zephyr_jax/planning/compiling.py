@@ -200,11 +200,6 @@ def bytes_of(tree: Any) -> int:
     )
 
 
-def compile_case(case: Case) -> Compiled:
-    """The compiler's report on a run's step."""
-    return report(*lower(case), case.topology, case.config.mesh)
-
-
 def report(
     lowered: Any, options: dict[str, str], parts: dict[str, int], where: Topology, mesh: Any
 ) -> Compiled:

@@ -66,7 +66,7 @@ def make_plans(
 
 def plan_of(case: Case, options: PlanOptions) -> dict[str, Any]:
     """The plan of one case: numbers by name, and advice if it does not fit."""
-    done = compiling.compile_case(case)
+    done = compiling.report(*compiling.lower(case), case.topology, case.config.mesh)
     held = memory(case, done)
     if options.auto and not held["fits"] and (less := smaller(case, options.rows)):
         return plan_of(less, options)
