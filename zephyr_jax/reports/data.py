@@ -84,8 +84,7 @@ def prepared_reports(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     reports = {}
     for name in weighted("data.dataset", data["dataset"]):
         try:
-            folder = prepare.set_folder(data["data_dir"], name)
-            reports[name] = prepare.report(folder)
+            reports[name] = prepare.report(prepare.set_folder(data["data_dir"], name))
         except FileNotFoundError:
             reports[name] = {}
     return reports

@@ -18,12 +18,11 @@ from zephyr_jax import storage
 from zephyr_jax._version import __version__
 from zephyr_jax.config import weighted
 from zephyr_jax.config.run import load_config
-from zephyr_jax.data.prepare import prepare
 from zephyr_jax.evaluation.evaluate import shown
 from zephyr_jax.evaluation.metrics_file import DAMAGED, read_lines, read_metrics
 from zephyr_jax.evaluation.pairs import load_table
 from zephyr_jax.evaluation.table import Entry, read_results, table_rows
-from zephyr_jax.reports.data import add_data, add_rounds
+from zephyr_jax.reports.data import add_data, add_rounds, prepared_reports
 from zephyr_jax.reports.page import Page, cut, duration, percent
 from zephyr_jax.reports.plots import learning_plots, reward_plots, speed_plots
 from zephyr_jax.reports.samples import add_samples
@@ -308,10 +307,8 @@ def model_card_fields(source: str | Path, lineage: dict[str, Any]) -> dict[str, 
     if "reference_digest" in lineage:
         digests["reference"] = lineage["reference_digest"]
     card |= {"recipe": config, "data": digests}
-    with contextlib.suppress(OSError, ValueError):  # the prepared sets may be elsewhere by now
-        names = weighted("data.dataset", data["dataset"])
-        reports = (prepare.report(prepare.set_folder(data["data_dir"], name)) for name in names)
-        origins = [report.get("origin") or "" for report in reports]
+    with contextlib.suppress(OSError, ValueError):  # a prepared set may be damaged by now
+        origins = [report.get("origin") or "" for report in prepared_reports(data).values()]
         card["datasets"] = [origin.split("@")[0] for origin in origins if origin]
     workdir, _ = workdir_and_steps(epath.Path(source))
     for row in read_metrics(workdir / "metrics.jsonl"):
