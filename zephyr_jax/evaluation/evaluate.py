@@ -108,11 +108,10 @@ def intervals(
     for sample in drawn:
         sample[:] = np.bincount(rng.integers(0, n, n), minlength=n) @ sums
     totals = sums.sum(axis=0)
-    values = totals[::2] / totals[1::2]
     low, high = np.quantile(drawn[:, ::2] / drawn[:, 1::2], [0.025, 0.975], axis=0)
     return {
         name: {"value": float(value), "low": float(a), "high": float(b)}
-        for name, value, a, b in zip(ratios, values, low, high, strict=True)
+        for name, value, a, b in zip(ratios, totals[::2] / totals[1::2], low, high, strict=True)
     }
 
 

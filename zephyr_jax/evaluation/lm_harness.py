@@ -174,8 +174,7 @@ class _Harness:
                 problem = f"leaves no context in the model's {self.max_length} positions; set fewer"
                 raise ValueError(f"max_gen_toks={sampling.max_new_tokens} {problem}")
             rows: Any = [self.tok_encode(requests[i].args[0])[-room:] for i in group]
-            sampled = batched_replies(self._model, rows, sampling, self._size["n_rows"])
-            for i, reply in sampled:
+            for i, reply in batched_replies(self._model, rows, sampling, self._size["n_rows"]):
                 stripped = self._strips and reply.text.startswith(" ")
                 words = reply.text[1:] if stripped else reply.text
                 replies[group[i]] = utils.postprocess_generated_text(words, until, None)
@@ -276,9 +275,8 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if args.suite and args.num_fewshot is not None and not tasks:
         raise ValueError(f"--suite={args.suite} has its own numbers of examples")
     manager = find_tasks(tasks, args.include_path)
-    model = load_in(args.model, args.dtype)
     results = evaluate_tasks(
-        harness_model(model, args.model, args.seq_len, args.rows),
+        harness_model(load_in(args.model, args.dtype), args.model, args.seq_len, args.rows),
         manager,
         tasks,
         args.suite,

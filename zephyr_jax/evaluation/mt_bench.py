@@ -58,12 +58,11 @@ def read_questions(path: Path, limit: int | None = None) -> Questions:
             raise ValueError(f"{file}: question {row['question_id']} has a turn without text")
     places = [x / "judge_prompts.jsonl" for x in (folder, folder.parent)]
     found = next((answers.read_rows(x, _PROMPT, ("name",)) for x in places if x.is_file()), [])
-    prompts = {row["name"]: row for row in found}
     references = {}
     one, several = (folder.glob(f"reference_answer{x}.jsonl") for x in ("*", "/*"))
     for place in sorted(one) or sorted(several):
         references |= read_answers(place)[0]
-    return Questions(rows, references, prompts)
+    return Questions(rows, references, {row["name"]: row for row in found})
 
 
 def read_answers(path: Path) -> tuple[dict[int, list[str]], Row]:

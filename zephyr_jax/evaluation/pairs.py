@@ -37,8 +37,7 @@ def pair_table(batches: Iterable[PairTable], ties: np.ndarray) -> PairTable:
     columns = []
     for name in PairTable._fields:
         arrays = [getattr(part, name)[part.ids != 0] for part in parts]
-        dtype = np.int64 if name == "ids" else np.float64
-        columns.append(np.concatenate(arrays).astype(dtype))
+        columns.append(np.concatenate(arrays).astype(np.int64 if name == "ids" else np.float64))
     table = PairTable(*columns)
     same = np.isin(table.ids, ties)
     for logps in (table.logps, table.ref_logps):

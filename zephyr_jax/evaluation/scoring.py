@@ -179,9 +179,8 @@ def pack_records(
         documents.append(document_of(tok, rendering, record, place))
         sources.append(record.get("source") or (part.name if len(sets) > 1 else ""))
         prompts.append(json.dumps(record["chosen"][:-1]) if pairs else str(number))
-    table = document_table(documents)
     usable, lengths, counts, _ = usable_documents(
-        rendering, seq_len, table, np.ones(total, int), training=False
+        rendering, seq_len, document_table(documents), np.ones(total, int), training=False
     )
     if not len(usable):
         names = ", ".join(f"{each.name} {each.split}" for each in sets)

@@ -103,8 +103,7 @@ def read_results(paths: Sequence[str | os.PathLike[str]]) -> list[Entry]:
     entries: dict[str, Entry] = {}
     for path in paths:
         try:
-            result = read_checked(path)
-            found = list(_entries(result))
+            found = list(_entries(read_checked(path)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no result of evaluate: {error!r:.120}") from error
         for model, numbers, settings in found:

@@ -78,11 +78,10 @@ class Rating(NamedTuple):
 
 def schema_of(form: Form, n: int) -> dict[str, Any]:
     """The JSON schema of a reply that rates `n` answers."""
-    values = [*map(str, range(1, form.most + 1)), NOT_RATED]
     fields: dict[str, Any] = {
         "answer": {"type": "integer", "enum": list(range(1, n + 1))},
         "rationale": {"type": "string"},
-        "rating": {"type": "string", "enum": values},
+        "rating": {"type": "string", "enum": [*map(str, range(1, form.most + 1)), NOT_RATED]},
     }
     if form.types:
         fields["types"] = {"type": "array", "items": {"type": "string", "enum": list(form.types)}}
@@ -270,8 +269,7 @@ def _completion(rated: Mapping[str, Sequence[Rating]]) -> Row:
             rounded = NOT_RATED if mean is None else str(math.floor(mean + 0.5))
             annotations[form] = {"Rating": rounded, "Rationale": words[form].rationale}
         if FORMS[form].types:
-            types = words[form].types or ["None"]
-            annotations[form] |= {"Type": types, "Rationale For Rating": ""}
+            annotations[form] |= {"Type": words[form].types or ["None"], "Rationale For Rating": ""}
     aspects = [value for form, value in means.items() if form != OVERALL and value]
     return {
         "annotations": annotations,
@@ -293,8 +291,7 @@ def _implicit_rewards(own: JudgeConfig, answered: Sequence[Answered]) -> dict[tu
     scoring.check_same_vocabulary(f"judge.reference={own.reference}", models, some)
     records = []
     for number, (prompt, text) in enumerate(texts):
-        question = {"role": "user", "content": prompt.text}
-        turns = [question, {"role": "assistant", "content": text}]
+        turns = [{"role": "user", "content": prompt.text}, {"role": "assistant", "content": text}]
         records.append({"messages": turns, "source": str(number)})  # which a document keeps
     longest = max(len(f"{prompt.text}{text}".encode()) for prompt, text in texts) + 64
     positions = min(model.cfg.max_position_embeddings for model in models)

@@ -125,8 +125,7 @@ class _Grammars:
         matcher.consume_tokens(list(tokens))
         fill_next_token_bitmask(matcher, self._bits, row)
         if matcher.is_error():
-            reason = matcher.get_error().splitlines()[0]
-            raise ValueError(f"llguidance gives it up: {reason}")
+            raise ValueError(f"llguidance gives it up: {matcher.get_error().splitlines()[0]}")
 
 
 class Delta(NamedTuple):
@@ -173,8 +172,7 @@ def _echoed(served: ServedModel, request: GenerationRequest, start: int) -> list
             ends = np.cumsum([len(next(parts)) for _ in ids]).tolist()
             out.append((served.text(ids[0])[0], None, None, 0))  # nothing stands before it
             for i, (token, end) in enumerate(zip(ids[1:], ends, strict=False)):
-                own = TokenLogps(*(x[i] for x in logps))
-                out.append(_entry(served, request, token, own, end))
+                out.append(_entry(served, request, token, TokenLogps(*(x[i] for x in logps)), end))
     texts = request.echo[start : start + ROWS_AT_ONCE]
     return [
         Delta(row, text, None, 0, tokens)

@@ -182,8 +182,7 @@ def sampling_mesh(config: RunConfig, topology: Topology) -> MeshConfig:
     """The config's mesh if it shards heads; else one that does as far as possible, then rows."""
     if config.mesh.tensor > 1:
         return config.mesh.sized(topology.devices, f"of {topology.name}")
-    inside = topology.devices // topology.slices
-    tensor = math.gcd(config.model.num_key_value_heads, inside)
+    tensor = math.gcd(config.model.num_key_value_heads, topology.devices // topology.slices)
     return MeshConfig(topology.devices // tensor, 1, tensor)
 
 

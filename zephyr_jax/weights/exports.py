@@ -117,8 +117,7 @@ def write_card(
     named["tags"] = ["zephyr_jax", *front.pop("tags"), *card.get("tags", ())]
     fields: dict[str, Any] = {"license": "unknown"} | front | named
     for key, value in fields.items():
-        is_list = isinstance(value, list | tuple)
-        fields[key] = [*map(_line, value)] if is_list else _line(value)
+        fields[key] = [*map(_line, value)] if isinstance(value, list | tuple) else _line(value)
     matter = ModelCardData(**fields).to_yaml()
     main = [key for key in metrics if "source/" not in key][:_MAIN_FIGURES]
     lineage = enumerate(card.get("lineage") or (), 1)

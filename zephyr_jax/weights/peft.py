@@ -91,8 +91,7 @@ def export_peft(
         fields = ({"base_model": hub_id} if ID.fullmatch(hub_id) else {}) | (card or {})
         front = {"tags": ["lora"], "library_name": "peft", "pipeline_tag": "text-generation"}
         write_card(temporary, fields, Path(folder).name, about, usage, **front)
-        path = temporary / ADAPTER_WEIGHTS
-        safetensors.write_file(path, layout.shapes, dtype, tensors, metadata)
+        safetensors.write_file(temporary / ADAPTER_WEIGHTS, layout.shapes, dtype, tensors, metadata)
     return Path(folder)
 
 
@@ -132,8 +131,7 @@ def load_peft(folder: str | os.PathLike[str], cfg: MistralConfig) -> PeftAdapter
     if every != adapted:
         logging.info("%s adapts %d of %d matrices", folder, len(adapted), len(every))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_adapters(cfg, lora))
-    padded = _Padded(reader, layout.shapes, factors)
-    adapters = layout.read(padded, "float32", shardings)
+    adapters = layout.read(_Padded(reader, layout.shapes, factors), "float32", shardings)
     return PeftAdapter(lora, adapters, reader.metadata.get("base_digest", ""))
 
 

@@ -95,9 +95,8 @@ def convert_chunk(task: Task) -> Converted:
     contaminants = load_contaminants(plan.selection.decontaminate)
     _, name, _, split = plan.sources.files[task.source]
     home = OPEN if split is None else plan.schema.splits.index(split)
-    rows = enumerate(read_rows(task.chunk, plan.max_row_mb), start=1)
     with task.records.open("wb") as file:
-        for result.lines, row in rows:
+        for result.lines, row in enumerate(read_rows(task.chunk, plan.max_row_mb), start=1):
             if row is None:
                 continue
             result.read[name] += 1

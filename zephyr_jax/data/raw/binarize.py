@@ -74,8 +74,7 @@ def binarize(row: Row, rules: BinarizationRules) -> Records:
         if rule in (None, "tie", "tie_by_rating"):
             both = chosen, rejected
             turns = [[question, {"role": "assistant", "content": one.text}] for one in both]
-            scores = [one.score for one in both]
-            pairs.append(pair_record(row, (prompt, prompt_id), turns, scores))
+            pairs.append(pair_record(row, (prompt, prompt_id), turns, [one.score for one in both]))
     return pairs, counts
 
 

@@ -75,10 +75,9 @@ def convert_published(row: Row) -> Records:
     turns, counts = _checked(row)
     if not turns:
         return [], counts
-    record = {"prompt": row["prompt"], "prompt_id": row["prompt_id"], "messages": turns}
     if row["prompt_id"] != schema.prompt_digest(row["prompt"]):
         counts["prompt_id_not_sha256"] += 1  # and kept: the published id names the prompt
-    return [record], counts
+    return [{"prompt": row["prompt"], "prompt_id": row["prompt_id"], "messages": turns}], counts
 
 
 def convert(row: Row, rules: CleaningRules) -> Records:

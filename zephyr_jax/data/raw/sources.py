@@ -131,8 +131,7 @@ def _candidates(source: str, schema: Schema) -> tuple[dict[str, Path], dict[str,
     else:
         # What is there by its literal name is no pattern, whatever the characters in it.
         root = next(parent for parent in place.parents if parent.exists())
-        pattern = str(place.relative_to(root))
-        matches = glob.glob(pattern, root_dir=root, recursive=True)
+        matches = glob.glob(str(place.relative_to(root)), root_dir=root, recursive=True)
         paths = sorted(path for path in (root / match for match in matches) if path.is_file())
         if not paths:
             expected = "a folder, file or matching pattern, or a hub id (org/name)"
