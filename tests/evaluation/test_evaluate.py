@@ -127,7 +127,7 @@ def test_rows_packing_and_mesh_change_nothing(world, models, pairs):
 
 def test_numbers_are_those_of_training_with_intervals_around_them(pairs):
     documents, scored = pairs
-    result = summarize(scored, documents, 0.3, 200)
+    result = summarize(scored, documents, 0.3)
     numbers, sources = result["numbers"], result["sources"]
     for name, value in pair_means(answer_table(scored, 0.3), 0.3).items():
         assert numbers[name]["value"] == pytest.approx(value, rel=1e-12)
@@ -148,12 +148,12 @@ def test_pairs_of_one_prompt_are_drawn_together():
     lengths = rng.integers([1, 1, 30], [2, 5, 40], (20, 3)) * 1.0
     scored = Scored(rng.normal(size=(5, 1))[prompts] + rng.normal(size=(20, 3)) - 9, lengths)
     documents = ScoreSet([], [], np.full(20, "own"), prompts, True, SEQ_LEN, {})
-    result = summarize(scored, documents, 0.1, 200)
+    result = summarize(scored, documents, 0.1)
     numbers = result["numbers"]
     assert (result["counts"]["prompts"], result["sources"]) == (5, {})
     assert "rewards/margins" not in numbers
     mean = {"x": mean_of(scored.logps[:, 1])}
-    assert numbers["logps/chosen"] == pytest.approx(intervals(mean, prompts, samples=200)["x"])
+    assert numbers["logps/chosen"] == pytest.approx(intervals(mean, prompts)["x"])
     each = scored.logps[:, 1:] / scored.tokens[:, 1:]
     share = numbers["logps/accuracies_per_token"]["value"]
     assert share == pytest.approx((each[:, 0] > each[:, 1]).mean())
@@ -181,7 +181,7 @@ def test_a_tie_is_decided_on_tokens_whatever_rounding_says(models, tmp_path, mon
         scored = score(documents, both, 4)
         same = np.array([document.equal for document in documents.documents])
         assert documents.counts["equal_after_cut"] == same.sum() > 0
-        numbers = summarize(scored, documents, 0.3, 9)["numbers"]
+        numbers = summarize(scored, documents, 0.3)["numbers"]
         for name in ("logps/ties", "logps/ties_per_token", "rewards/ties")[: 1 + len(both)]:
             assert numbers[name]["value"] == same.mean() < 1
         table = answer_table(scored, 0.3)

@@ -88,10 +88,7 @@ def mean_of(values: np.ndarray | Sequence[float]) -> Ratio:
 
 
 def intervals(
-    ratios: Mapping[str, Ratio],
-    clusters: np.ndarray | None = None,
-    samples: int = 1000,
-    seed: int = 0,
+    ratios: Mapping[str, Ratio], clusters: np.ndarray | None = None, samples: int = 1000
 ) -> Metrics:
     """The percentile bootstrap interval of each ratio (Efron 1979), in float64 on the host.
 
@@ -103,7 +100,7 @@ def intervals(
         names, which = np.unique(clusters, return_inverse=True)
         units, sums = sums, np.zeros((len(names), sums.shape[1]))
         np.add.at(sums, which, units)
-    rng, n = np.random.default_rng(seed), len(sums)
+    rng, n = np.random.default_rng(0), len(sums)
     drawn = np.empty((samples, sums.shape[1]))
     for sample in drawn:
         sample[:] = np.bincount(rng.integers(0, n, n), minlength=n) @ sums
@@ -115,9 +112,7 @@ def intervals(
     }
 
 
-def summarize(
-    scored: scoring.Scored, documents: scoring.ScoreSet, beta: float, samples: int = 1000
-) -> dict[str, Any]:
+def summarize(scored: scoring.Scored, documents: scoring.ScoreSet, beta: float) -> dict[str, Any]:
     """`counts`, `numbers` and those of several `sources`; pairs of a prompt are drawn together."""
     if documents.pairs:
         ratios = _pair_ratios(scored, beta)
@@ -127,7 +122,7 @@ def summarize(
 
     def metrics(mask: np.ndarray) -> Metrics:
         part = {name: Ratio(x.above[mask], x.below[mask]) for name, x in ratios.items()}
-        numbers = intervals(part, documents.prompts[mask], samples=samples)
+        numbers = intervals(part, documents.prompts[mask])
         for name in [name for name in part if name.startswith("nll")]:
             # A percentile interval's ends go with any function that rises
             ends = {end: math.exp(min(x, 700.0)) for end, x in numbers[name].items()}
