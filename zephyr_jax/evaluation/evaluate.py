@@ -101,9 +101,8 @@ def intervals(
         units, sums = sums, np.zeros((len(names), sums.shape[1]))
         np.add.at(sums, which, units)
     rng, n = np.random.default_rng(0), len(sums)
-    drawn = np.empty((samples, sums.shape[1]))
-    for sample in drawn:
-        sample[:] = np.bincount(rng.integers(0, n, n), minlength=n) @ sums
+    draws = (rng.integers(0, n, n) for _ in range(samples))
+    drawn = np.stack([np.bincount(draw, minlength=n) @ sums for draw in draws])
     totals = sums.sum(axis=0)
     low, high = np.quantile(drawn[:, ::2] / drawn[:, 1::2], [0.025, 0.975], axis=0)
     return {
