@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import logging
-from etils import epath
+from etils import epath, epy
 from flax import traverse_util
 
 from zephyr_jax.chips import keep_programs
@@ -26,6 +26,9 @@ from zephyr_jax.weights import checkpoint, safetensors
 from zephyr_jax.weights.checkpoint import FOLDER, Model
 from zephyr_jax.weights.huggingface import load_hf
 from zephyr_jax.weights.safetensors import ADAPTER_CONFIG, INDEX, SINGLE
+
+with epy.lazy_imports():  # the package gguf is slow to import
+    from zephyr_jax.weights import gguf_reader
 
 # Files read in addition to the weights. Pickles, other precisions and other formats of the same
 # weights stay on the hub.
@@ -87,9 +90,7 @@ def download(name: str, *, weights: bool = True) -> Path:
 def stored_dtype(folder: Path | epath.Path) -> str | None:
     """The dtype of the weights in a model's files; None: a run's, of float32 masters."""
     if folder.suffix == ".gguf":
-        from zephyr_jax.weights.gguf_reader import GgufReader  # which is slow to import
-
-        return GgufReader(folder).dtype
+        return gguf_reader.GgufReader(folder).dtype
     _, steps = checkpoint.workdir_and_steps(epath.Path(folder))
     return None if steps else safetensors.SafetensorsReader(folder).dtype
 
@@ -98,8 +99,6 @@ def find_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer in a file (a GGUF file too), in a folder that holds one, or of a model's."""
     path = epath.Path(path)
     if path.suffix == ".gguf" and path.is_file():
-        from zephyr_jax.weights import gguf_reader  # which is slow to import
-
         return gguf_reader.read_tokenizer(gguf_reader.GgufReader(Path(path)))
     root, steps = checkpoint.workdir_and_steps(path)
     if not steps:
@@ -188,9 +187,7 @@ def load_model(
     keep_programs()
     folder = resolve(source)
     if not isinstance(folder, epath.Path) and folder.suffix == ".gguf":
-        from zephyr_jax.weights.gguf_reader import load_gguf  # which is slow to import
-
-        cfg, params, tok = load_gguf(folder, dtype=dtype)
+        cfg, params, tok = gguf_reader.load_gguf(folder, dtype=dtype)
         tok = find_tokenizer(tokenizer) if tokenizer else tok
         return Model(cfg, params, tok, {"lineage": [f"ported from {folder.name}"]})
     root, steps = checkpoint.workdir_and_steps(epath.Path(folder))
