@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from absl import logging
 from huggingface_hub import ModelCardData
 
@@ -42,20 +43,6 @@ _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 _CARD = "README.md"
 # A metadata key of our own in a GGUF file: what else the configuration says, as JSON.
 GGUF_KEY = "zephyr_jax.config"
-
-_USAGE = """
-## Use
-
-```python
-from transformers import pipeline
-
-chat = pipeline("text-generation", "FOLDER", max_new_tokens=256)
-print(chat([{"role": "user", "content": "Why is the sky blue?"}])[0]["generated_text"][-1])
-```
-
-The chat template writes special tokens such as `<s>` itself: tokenize its text with
-`add_special_tokens=False`. A literal special token (`</s>`) in a message becomes that token
-here, as with every Hugging Face tokenizer; replace it in untrusted text."""
 
 
 @contextlib.contextmanager
@@ -102,12 +89,12 @@ def check_card(card: Mapping[str, Any]) -> None:
 
 
 def write_card(
-    folder: Path, card: Mapping[str, Any], name: str, about: str, usage: str, **front: Any
+    folder: Path, card: Mapping[str, Any], name: str, about: str, usage: str | None, **front: Any
 ) -> None:
-    """Writes README.md, and METRICS_NAME where the card has metrics.
+    """Writes README.md by `card.md`, and METRICS_NAME where the card has metrics.
 
-    `front` and fields of `card` are its YAML front matter, `about` and `usage` are Markdown, and
-    the other fields of `card` are text, which is escaped.
+    `front` and fields of `card` are its YAML front matter, `about` and `usage` (None: that of a
+    whole model) are Markdown, and the other fields of `card` are text, which is escaped.
     """
     check_card(card)
     metrics = card.get("metrics") or {}
@@ -118,25 +105,21 @@ def write_card(
     fields: dict[str, Any] = {"license": "unknown"} | front | named
     for key, value in fields.items():
         fields[key] = [*map(_line, value)] if isinstance(value, list | tuple) else _line(value)
-    matter = ModelCardData(**fields).to_yaml()
-    main = [key for key in metrics if "source/" not in key][:_MAIN_FIGURES]
-    lineage = enumerate(card.get("lineage") or (), 1)
-    sections = {
-        "Lineage": "\n".join(f"{i}. {plain(line)}" for i, line in lineage),
-        "Metrics": _table("metric", "value", {key: metrics[key] for key in main}),
-        "Data": _table("data set", "digest", card.get("data") or {}),
-    }
-    if len(metrics) > len(main):
-        sections["Metrics"] += f"\n\nAll {len(metrics)} figures are in `{METRICS_NAME}`."
-    if card.get("recipe"):
-        text = json.dumps(card["recipe"], indent=2).replace("`", "\\u0060")
-        sections["Recipe"] = f"```json\n{text}\n```"
-    lines = ["---", matter, "---", "", f"# {plain(card.get('name') or name)}", ""]
-    lines += [plain(card["summary"]), ""] if card.get("summary") else []
-    versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
-    lines += [about, f"Trained and exported by zephyr_jax {__version__} ({versions}).", usage]
-    lines += [f"\n## {heading}\n\n{text}" for heading, text in sections.items() if text]
-    write_atomic(folder / _CARD, "\n".join(lines) + "\n")
+    environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True)
+    environment.filters["plain"] = plain
+    text = environment.from_string((Path(__file__).parent / "card.md").read_text("utf-8")).render(
+        matter=ModelCardData(**fields).to_yaml(),
+        title=card.get("name") or name,
+        card=card,
+        about=about,
+        usage=usage,
+        version=__version__,
+        packages=", ".join(f"{name} {version(name)}" for name in _PACKAGES),
+        figures=[key for key in metrics if "source/" not in key][:_MAIN_FIGURES],
+        metrics_file=METRICS_NAME,
+        recipe=json.dumps(card.get("recipe"), indent=2).replace("`", "\\u0060"),
+    )
+    write_atomic(folder / _CARD, text)
 
 
 def plain(text: object) -> str:
@@ -149,11 +132,6 @@ def plain(text: object) -> str:
 
 def _line(text: object) -> str:
     return " ".join(str(text).split())
-
-
-def _table(left: str, right: str, values: Mapping[str, Any]) -> str:
-    rows = [f"| {plain(key)} | {plain(value)} |" for key, value in values.items()]
-    return "\n".join([f"| {left} | {right} |", "|---|---|", *rows]) if rows else ""
 
 
 def write_files(
@@ -174,7 +152,7 @@ def write_files(
         f"in {dtype}, positions up to {cfg.max_position_embeddings}; a token sees {visible}."
     )
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    write_card(folder, card, name, about, _USAGE, tags=["mistral"], **front)
+    write_card(folder, card, name, about, None, tags=["mistral"], **front)
 
 
 def write_tokenizer(folder: Path, cfg: MistralConfig, tok: Tokenizer) -> None:
