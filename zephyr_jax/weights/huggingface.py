@@ -7,7 +7,6 @@ RoPE is half-split in both, so nothing is permuted.
 from __future__ import annotations
 
 import collections
-import math
 import os
 import re
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.data.tokenizer_files import reading
-from zephyr_jax.models.parameters import param_shardings
+from zephyr_jax.models.parameters import count_params, param_shardings
 from zephyr_jax.storage import MANIFEST, read_json, verify
 from zephyr_jax.types import Params
 from zephyr_jax.weights import safetensors
@@ -97,7 +96,7 @@ def export_hf(
     if jax.process_index() > 0:  # every process takes part in gathering, one writes
         collections.deque(tensors, maxlen=0)
         return Path(folder)
-    needed = sum(math.prod(x) for x in layout.shapes.values()) * jnp.dtype(dtype).itemsize
+    needed = count_params(cfg) * jnp.dtype(dtype).itemsize
     with new_export(folder, overwrite, needed) as temporary:
         write_files(temporary, cfg, tok, dtype, card or {}, Path(folder).name)
         safetensors.write_safetensors(
