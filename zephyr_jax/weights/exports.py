@@ -143,7 +143,7 @@ def write_files(
     ids = {"bos_token_id": cfg.bos_token_id, "eos_token_id": cfg.eos_token_id}
     generation = ids | {"pad_token_id": tok.pad_id}
     files = {"config.json": config_json(cfg, dtype), "generation_config.json": generation}
-    _write_json(folder, files)
+    write_json(folder, files)
     write_tokenizer(folder, cfg, tok)
     window = cfg.sliding_window
     visible = "the whole text" if window is None else f"the last {window} tokens (sliding window)"
@@ -164,12 +164,13 @@ def write_tokenizer(folder: Path, cfg: MistralConfig, tok: Tokenizer) -> None:
             "tokenizer_config.json": _tokenizer_config(cfg, tok),
             "special_tokens_map.json": tok.tokens,
         }
-        _write_json(folder, files)
+        write_json(folder, files)
         write_atomic(folder / "chat_template.jinja", CHAT_TEMPLATE)
     tok.save(folder)
 
 
-def _write_json(folder: Path, files: dict[str, Any]) -> None:
+def write_json(folder: Path, files: dict[str, Any]) -> None:
+    """Writes the contents of files, by their names, as JSON."""
     for file, content in files.items():
         write_atomic(folder / file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 

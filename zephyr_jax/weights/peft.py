@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import json
 import math
 import os
 import re
@@ -21,10 +20,10 @@ from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.data.tokenizer_files import reading
 from zephyr_jax.hub import ID, check_name
 from zephyr_jax.models.lora import abstract_adapters, adapter_axes
-from zephyr_jax.storage import read_json, write_atomic
+from zephyr_jax.storage import read_json
 from zephyr_jax.types import Params
 from zephyr_jax.weights import safetensors
-from zephyr_jax.weights.exports import new_export, write_card, write_tokenizer
+from zephyr_jax.weights.exports import new_export, write_card, write_json, write_tokenizer
 from zephyr_jax.weights.huggingface import TABLE
 from zephyr_jax.weights.layouts import Layout, Rule, check_tensors
 from zephyr_jax.weights.safetensors import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -83,8 +82,7 @@ def export_peft(
     about = f"A LoRA adapter of rank {lora.rank} and alpha {lora.alpha:g} on {modules}."
     usage = f"It fits that base alone, whose digest is `{base_digest}`." if base_digest else ""
     with new_export(folder, overwrite, needed=0) as temporary:  # adapters are small
-        config = json.dumps(_config(lora, base_name), indent=2) + "\n"
-        write_atomic(temporary / ADAPTER_CONFIG, config)
+        write_json(temporary, {ADAPTER_CONFIG: _config(lora, base_name)})
         if tok is not None:
             write_tokenizer(temporary, cfg, tok)
         hub_id = base_name.split("@")[0]
