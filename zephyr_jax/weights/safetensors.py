@@ -121,34 +121,31 @@ class SafetensorsReader:
             listed = f"{', '.join(missing):.200}"
             raise FileNotFoundError(f"{path} lacks {listed}; copy or download it again")
         opened = [_open(file) for file in files]
-        self._handles: dict[str, Any] = {}
-        for file in opened:
-            self._handles |= dict.fromkeys(file.keys(), file)
+        self._slices = {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118
         self.metadata: dict[str, str] = opened[0].metadata() or {}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, of any dtype."""
-        return {k: tuple(file.get_slice(k).get_shape()) for k, file in self._handles.items()}
+        return {name: tuple(each.get_shape()) for name, each in self._slices.items()}
 
     @property
     def dtype(self) -> str:
         """A dtype that holds every tensor: the one that all have, or else float32."""
-        kinds = {self._handles[name].get_slice(name).get_dtype() for name in self._handles}
+        kinds = {each.get_dtype() for each in self._slices.values()}
         same = [ours for ours, theirs in DTYPES.items() if kinds == {theirs}]
         return same[0] if same else "float32"
 
     def check_dtypes(self, names: Iterable[str]) -> None:
         """Raises a ValueError unless these tensors are float32, bfloat16 or float16."""
         for name in names:
-            if (dtype := self._handles[name].get_slice(name).get_dtype()) not in DTYPES.values():
+            if (dtype := self._slices[name].get_dtype()) not in DTYPES.values():
                 use = ", ".join(DTYPES)
                 raise ValueError(f"tensor {name} has dtype {dtype}; save the model in {use}")
 
     def read(self, name: str, index: Sequence[slice] = ()) -> Shaped[np.ndarray, "*shape"]:
         """A tensor, or the part of it that a slice (of step 1) for each leading axis selects."""
-        handle = self._handles[name]
-        return handle.get_slice(name)[tuple(index)] if index else handle.get_tensor(name)
+        return self._slices[name][tuple(index)]
 
 
 def read_index(folder: Path) -> dict[str, str]:
