@@ -8,6 +8,7 @@ at a time is in host memory, next to the arrays themselves.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,12 +68,10 @@ class Layout(NamedTuple):
         return tuple(self.sizes[a] for a in (("L", *axes) if rule.stacked else axes))
 
     def _tensors(self) -> Iterator[tuple[str, Rule, int | None]]:
-        stacked = [rule for rule in self.rules if rule.stacked]
-        first = self.rules.index(stacked[0])
-        yield from ((rule.theirs, rule, None) for rule in self.rules[:first])
-        for layer in range(self.sizes["L"]):
-            yield from ((rule.theirs.format(layer), rule, layer) for rule in stacked)
-        yield from ((rule.theirs, rule, None) for rule in self.rules[first + len(stacked) :])
+        for stacked, group in itertools.groupby(self.rules, lambda rule: rule.stacked):
+            rules = list(group)
+            for layer in range(self.sizes["L"]) if stacked else (None,):
+                yield from ((rule.theirs.format(layer), rule, layer) for rule in rules)
 
     def write(
         self, params: Params, dtype: str
