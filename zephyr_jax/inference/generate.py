@@ -5,12 +5,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import importlib
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
+import tokenizers
 
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.data.text.chat import Messages, check_messages, render_chat
@@ -73,8 +73,7 @@ def adds_bos(tok: Any) -> bool:
     """Whether a text begins with BOS by the tokenizer's own files."""
     if not isinstance(tok, JsonTokenizer) or tok.bos_id is None:
         return tok.bos_id is not None
-    library: Any = importlib.import_module("tokenizers")
-    original = library.Tokenizer.from_str(tok.files[JSON_NAME].decode())
+    original = tokenizers.Tokenizer.from_str(tok.files[JSON_NAME].decode())
     return original.encode("a").ids[:1] == [tok.bos_id]
 
 
