@@ -91,7 +91,7 @@ def check_card(card: Mapping[str, Any]) -> None:
 def write_card(
     folder: Path, card: Mapping[str, Any], name: str, about: str, usage: str | None, **front: Any
 ) -> None:
-    """Writes README.md by `card.md`, and METRICS_NAME where the card has metrics.
+    """Writes README.md by `card.txt`, and METRICS_NAME where the card has metrics.
 
     `front` and fields of `card` are its YAML front matter, `about` and `usage` (None: that of a
     whole model) are Markdown, and the other fields of `card` are text, which is escaped.
@@ -107,7 +107,7 @@ def write_card(
         fields[key] = [*map(_line, value)] if isinstance(value, list | tuple) else _line(value)
     environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True)
     environment.filters["plain"] = plain
-    text = environment.from_string((Path(__file__).parent / "card.md").read_text("utf-8")).render(
+    text = environment.from_string((Path(__file__).parent / "card.txt").read_text("utf-8")).render(
         matter=ModelCardData(**fields).to_yaml(),
         title=card.get("name") or name,
         card=card,
