@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict
 
 from zephyr_jax import storage
 from zephyr_jax._version import __version__
@@ -26,7 +27,6 @@ from zephyr_jax.reports.data import add_data, add_rounds, prepared_reports
 from zephyr_jax.reports.page import Page, cut, duration, percent
 from zephyr_jax.reports.plots import learning_plots, reward_plots, speed_plots
 from zephyr_jax.reports.samples import add_samples
-from zephyr_jax.training.workdir import flat
 from zephyr_jax.weights.checkpoint import FOLDER, check_step, saved_steps, workdir_and_steps
 
 _COLUMNS = 6  # evaluations in the table
@@ -262,9 +262,10 @@ def _add_benchmarks(page: Page, run: Run) -> None:
 
 
 def _add_configuration(page: Page, run: Run) -> None:
-    own, name = flat(run.config), run.config["name"]
+    own, name = flatten_dict(run.config, sep="."), run.config["name"]
     try:
-        recipe = flat(json.loads(json.dumps(load_config(name).to_dict())))  # as stored
+        stored = json.loads(json.dumps(load_config(name).to_dict()))
+        recipe = flatten_dict(stored, sep=".")
     except FileNotFoundError:
         page.text(f"No recipe named {name} ships with zephyr_jax {__version__}.", "missing")
     else:

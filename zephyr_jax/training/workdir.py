@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from etils import epath
+from flax.traverse_util import flatten_dict
 
 from zephyr_jax.chips import record_start
 from zephyr_jax.data.packing.packed import PackedSet
@@ -32,7 +33,8 @@ def check_unclaimed(workdir: epath.Path, config: dict[str, Any]) -> None:
         if saved_steps(workdir) or (workdir / "config.json").is_file():
             raise ValueError(f"{path} is missing: {remedy}; a ported model is named as config.init")
         return
-    before, now = flat(read_checked(path, remedy)), flat(json.loads(json.dumps(config)))
+    before = flatten_dict(read_checked(path, remedy), sep=".")
+    now = flatten_dict(json.loads(json.dumps(config)), sep=".")
     if changed := changes(before, now, _FREE):
         raise ValueError(f"{workdir} holds another run: {changed}; take another --workdir")
 
@@ -60,20 +62,11 @@ def claim(workdir: epath.Path, config: dict[str, Any]) -> None:
     agree({seen: "there" if path.is_file() else "not the one of process 0"})
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict with its names joined by dots."""
-    out: dict[str, Any] = {}
-    for name, value in tree.items():
-        whole = f"{prefix}{name}"
-        out |= flat(value, f"{whole}.") if isinstance(value, dict) else {whole: value}
-    return out
-
-
 def run_facts(config: dict[str, Any], packed: PackedSet, workdir: epath.Path) -> dict[str, Any]:
     """What must be the same on every host before the first step: code, configuration and data."""
     other = (config["dpo"] or {}).get("reference_model")
     return {
-        **{f"config.{name}": value for name, value in flat(config).items()},
+        **{f"config.{name}": value for name, value in flatten_dict(config, sep=".").items()},
         "its source code": folder_digest(Path(__file__).parents[1], "*.py"),
         "jax": jax.__version__,
         f"packed set {packed.folder.name}": packed.manifest,
