@@ -147,9 +147,7 @@ def quantize(array: Float[Array, ...], axes: str, kind: str) -> Quantized:
     axis, block = _blocked(axes, array.shape)
     at = array.ndim + axis
     shape = (*array.shape[:at], array.shape[at] // block, block, *array.shape[at + 1 :])
-    names = axes.replace(" ", "")
-    partition = weight_spec(f"{names[: at + 1]}.{names[at + 1 :]}")
-    wide = jnp.reshape(array.astype(jnp.float32), shape, out_sharding=partition)
+    wide = array.astype(jnp.float32).reshape(shape)
     largest = jnp.abs(wide).max(axis=axis, keepdims=True)
     scales = largest / 127 if kind == "int8" else largest
     scaled = wide / jnp.where(scales > 0, scales, 1.0)
@@ -169,13 +167,8 @@ def dequantize(weight: Quantized, dtype: Any) -> Array:
         values = _nf4_values(jnp.concatenate([codes & 15, codes >> 4], axis=at))
     else:
         values = codes.astype(jnp.float32)
-    wide = values * weight.scales
-    shape = (*wide.shape[: at - 1], wide.shape[at - 1] * wide.shape[at], *wide.shape[at + 1 :])
-    partition = None
-    if spec("") is not None:
-        over = jax.typeof(wide).sharding.spec
-        partition = jax.P(*over[:at], *over[at + 1 :])
-    return jnp.reshape(wide.astype(dtype), shape, out_sharding=partition)
+    wide = (values * weight.scales).astype(dtype)
+    return jax.lax.collapse(wide, at - 1, at + 1)
 
 
 def _nf4_values(codes: Array) -> Array:
