@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import logging
 from etils import epath
 from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
@@ -33,6 +34,9 @@ from zephyr_jax.training.scores import reference_logps
 from zephyr_jax.types import Params, Rows, TrainState
 
 _FILE = "logps.npz"
+# (params, reference, share) -> share params + (1 - share) reference, the soft update of TR-DPO,
+# Gorbatovski et al. 2024, arXiv:2404.09656; a share of 1 is the hard one.
+_moved = jax.jit(optax.incremental_update, donate_argnums=1, static_argnums=2)
 # What shapes a pair's tokens, of all that shapes a packed set with its rows and batches
 _SHAPING = ("format", "dataset", "splits", "tokenizer", "chat", "max_length", "max_prompt_length")
 _MISMATCHING = ("stage", "batch_size", "seed")  # and what chooses the answer to another prompt
@@ -90,7 +94,7 @@ class Reference:
         share, period = map(self._dpo.option, ("ref_sync_alpha", "ref_sync_steps"))
         if state.reference is None or step % period:
             return state
-        return state._replace(reference=move_reference(state.reference, state.params, share))
+        return state._replace(reference=_moved(state.params, state.reference, share))
 
 
 def reference_parts(
@@ -106,15 +110,6 @@ def reference_parts(
 def reference_digest(parts: dict[str, Any]) -> str:
     """The sha256 of `reference_parts`."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
-def move_reference(reference: Params, params: Params, share: float) -> Params:
-    """The reference after a move towards the policy: share params + (1 - share) reference.
-
-    Gorbatovski et al. 2024 (TR-DPO), arXiv:2404.09656, the soft update; a share of 1 is the hard.
-    """
-    return jax.tree.map(lambda r, p: share * p + (1 - share) * r, reference, params)
 
 
 class ReferenceLogps:
