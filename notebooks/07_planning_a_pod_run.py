@@ -39,10 +39,10 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 import zephyr_jax as zj
 from zephyr_jax.chips import CHIPS
 from zephyr_jax.config.run import MeshConfig
-from zephyr_jax.models.parameters import model_flops_per_token, param_axes, param_shapes
+from zephyr_jax.models.parameters import abstract_params, model_flops_per_token
 from zephyr_jax.planning.compiling import make_case
 from zephyr_jax.planning.plans import PlanOptions, plan_of, step_count, table
-from zephyr_jax.sharding import AXES, param_specs, spec
+from zephyr_jax.sharding import AXES, spec
 from zephyr_jax.training.optim import make_optimizer, make_schedule
 from zephyr_jax.training.steps import loss_sums, train_step
 from zephyr_jax.types import Rows, TrainState
@@ -79,16 +79,15 @@ def abstract_mesh(*sizes):
 
 
 def sharded(sizes):
-    """Every parameter by path: its shape, and its partition on a mesh of these sizes."""
-    with jax.sharding.use_abstract_mesh(mesh := abstract_mesh(*sizes)):
-        specs = param_specs(param_axes(cfg), shapes := param_shapes(cfg))
-    return {path: (shapes[path], NamedSharding(mesh, specs[path])) for path in shapes}
+    """The shapes of all parameters, and their shardings on a mesh of these sizes."""
+    with jax.sharding.use_abstract_mesh(abstract_mesh(*sizes)):
+        return abstract_params(cfg)
 
 
 def state_gib(sizes):
     """GiB a chip of float32 parameters."""
-    held = sum(math.prod(where.shard_shape(shape)) for shape, where in sharded(sizes).values())
-    return 4 * held / 2**30
+    leaves = jax.tree.leaves(sharded(sizes))
+    return 4 * sum(math.prod(x.sharding.shard_shape(x.shape)) for x in leaves) / 2**30
 
 
 meshes = [(1, 4, 1), (1, 8, 1), (1, 16, 1), (1, 8, 2), (2, 16, 1), (4, 16, 4)]
@@ -150,11 +149,7 @@ sizes = (2, 16, 8)
 
 def whole_step(sizes, rows):
     """The step, and its state and batch by shape, dtype and sharding on a mesh of these sizes."""
-    flat = {
-        path: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
-        for path, (shape, where) in sharded(sizes).items()
-    }
-    params = traverse_util.unflatten_dict(flat, sep="/")
+    params = sharded(sizes)
     optimizer = make_optimizer(config.optim, make_schedule(config.optim, 100))
     mesh = abstract_mesh(*sizes)
     zero = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, spec("")))

@@ -200,7 +200,7 @@ MUTANTS = (
     Mutant(35, "weights/huggingface.py",
            "weights/test_huggingface.py::test_import_reads_a_checkpoint_made_by_hand[untied]",
            "(K G H) D -> D K G H", "(G K H) D -> D K G H"),
-    Mutant(35, "sharding.py", "models/test_mistral.py::test_tensor_axis_must_divide_the_key_heads",
+    Mutant(35, "models/parameters.py", "models/test_mistral.py::test_tensor_axis_must_divide_the_key_heads",
            "if size % axis_size(*names):", "if size % 1:"),
     Mutant(36, "models/mistral.py", "models/test_mistral.py::test_segment_positions",
            "return index - jax.lax.cummax(start, axis=1)", "return index + 0 * start"),

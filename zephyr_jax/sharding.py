@@ -126,19 +126,6 @@ def weight_spec(axes: str) -> PartitionSpec | None:
     return spec(axes, {} if len(axes.replace("L", "")) == 1 else WEIGHT_RULES)
 
 
-def param_specs(table: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The partition of each parameter, by path; a ValueError if the mesh does not divide a size."""
-    for path, axes in table.items():
-        for size, axis in zip(shapes[path], axes.split(), strict=True):
-            names = axes_of(axis, WEIGHT_RULES)
-            if size % axis_size(*names):
-                raise ValueError(
-                    f"axis {axis}={size} of parameter {path} is not divisible by the mesh axis "
-                    f"{' x '.join(names)}={axis_size(*names)}; choose one that divides {size}"
-                )
-    return {path: weight_spec(axes.replace(" ", "")) for path, axes in table.items()}
-
-
 def per_device(function: Callable[..., Any], axes: Sequence[str], out: Any) -> Callable[..., Any]:
     """`function` of each device's part of arrays with these logical axes, sharded as `out`."""
     if spec("") is None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from zephyr_jax.config.model import MistralConfig
-from zephyr_jax.sharding import named_sharding, param_specs
+from zephyr_jax.sharding import WEIGHT_RULES, axes_of, axis_size, named_sharding, weight_spec
 from zephyr_jax.types import Params
 
 # Logical axes of every parameter (zephyr_jax.types); sharding and weight tables follow from them.
@@ -68,12 +68,21 @@ def abstract_params(cfg: MistralConfig) -> Params:
 
 
 def abstract_tree(table: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> Params:
-    """Shape, float32 and sharding of arrays from their logical axes, as a tree."""
-    specs = param_specs(table, shapes)
-    flat = {
-        path: jax.ShapeDtypeStruct(shapes[path], jnp.float32, sharding=named_sharding(partition))
-        for path, partition in specs.items()
-    }
+    """Shape, float32 and sharding of arrays from their logical axes, as a tree.
+
+    A ValueError if the mesh does not divide a size.
+    """
+    flat = {}
+    for path, axes in table.items():
+        for size, axis in zip(shapes[path], axes.split(), strict=True):
+            names = axes_of(axis, WEIGHT_RULES)
+            if size % axis_size(*names):
+                raise ValueError(
+                    f"axis {axis}={size} of parameter {path} is not divisible by the mesh axis "
+                    f"{' x '.join(names)}={axis_size(*names)}; choose one that divides {size}"
+                )
+        sharding = named_sharding(weight_spec(axes.replace(" ", "")))
+        flat[path] = jax.ShapeDtypeStruct(shapes[path], jnp.float32, sharding=sharding)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
