@@ -52,20 +52,16 @@ NO_INPUTS = StepInputs()
 
 
 def policy_scores(
-    model: MistralConfig,
-    options: ForwardOptions,
-    params: Params,
-    rows: Rows,
-    inputs: StepInputs,
-    *,
-    branched: bool,
-    squares: bool = False,
+    config: RunConfig, params: Params, rows: Rows, inputs: StepInputs, *, squares: bool = False
 ) -> TokenScores:
     """`token_scores` under the trained parameters: the whole model, or adapters of a frozen one."""
+    named = {x: getattr(config.train, x) for x in ("remat", "reduce_dtype", "attention")}
+    options = ForwardOptions(lora=config.lora, **named)
     if inputs.base is not None:
         options = dataclasses.replace(options, adapters=params, dropout_key=inputs.key)
         params = inputs.base
-    return token_scores(model, params, rows, options, branched=branched, squares=squares)
+    branched = config.dpo is not None
+    return token_scores(config.model, params, rows, options, branched=branched, squares=squares)
 
 
 def answer_sums(
@@ -128,18 +124,12 @@ def in_order(parts):
 
 
 def pair_scores(
-    model: MistralConfig,
-    options: ForwardOptions,
-    dpo: DpoConfig,
-    loss: pairs.Loss,
-    params: Params,
-    batch: PreferenceBatch,
-    inputs: StepInputs,
+    config: RunConfig, dpo: DpoConfig, params: Params, batch: PreferenceBatch, inputs: StepInputs
 ) -> PairScores:
     """The losses and log-probs of a batch's pairs."""
     rows, mask, ref = batch.rows, batch.pair_mask, batch.ref_logps
-    n_pairs, squares = mask.shape[1], bool(dpo.option("wpo"))
-    each = policy_scores(model, options, params, rows, inputs, branched=True, squares=squares)
+    loss, n_pairs = loss_of(dpo, config.train.micro_batches), mask.shape[1]
+    each = policy_scores(config, params, rows, inputs, squares=bool(dpo.option("wpo")))
     sums, tokens = answer_sums(each.logps, rows, n_pairs, dpo.option("ld_alpha"))
     both = (x[..., answer] for x in (sums, ref, tokens) for answer in (0, 1))
     logps = pairs.PairLogps(*both, shift=inputs.shift, desirable=batch.desirable)
@@ -155,20 +145,17 @@ def loss_sums(config: RunConfig) -> LossSums:
 
     A batch of dialogues is `Rows`, and its weight counts targets; a `PreferenceBatch` counts pairs.
     """
-    model, train, dpo = config.model, config.train, config.dpo
-    named = {name: getattr(train, name) for name in ("remat", "reduce_dtype", "attention")}
-    options = ForwardOptions(lora=config.lora, **named)
+    dpo = config.dpo
 
     def sums(params: Params, batch: Any, inputs: StepInputs = NO_INPUTS) -> Any:
         rows = batch.rows if dpo else batch
         named = {"tokens": (rows.segments > 0).sum(dtype=jnp.float32)}
         named["target_tokens"] = rows.loss_mask.sum(dtype=jnp.float32)
         if dpo is None:
-            scores = policy_scores(model, options, params, rows, inputs, branched=False)
+            scores = policy_scores(config, params, rows, inputs)
             _, info = sft_loss(scores.logps, rows.loss_mask)
             return info.sum, BatchSums(named | {"loss": info.sum, "weight": info.weight}, None)
-        mask, loss = batch.pair_mask, loss_of(dpo, train.micro_batches)
-        scores = pair_scores(model, options, dpo, loss, params, batch, inputs)
+        mask, scores = batch.pair_mask, pair_scores(config, dpo, params, batch, inputs)
         logps = jax.lax.stop_gradient(scores.logps)
         named |= {"weight": mask.sum(dtype=jnp.float32), "loss": scores.losses.sum()}
         metrics = pairs.preference_metrics(logps, batch.ref_logps, dpo.beta)
