@@ -27,7 +27,7 @@ from zephyr_jax.config.run import LoraConfig
 from zephyr_jax.models import parameters
 from zephyr_jax.models.layers import linear, token_axis
 from zephyr_jax.models.parameters import PARAM_AXES
-from zephyr_jax.sharding import WEIGHT_RULES, axes_of, axis_size, spec, weight_spec
+from zephyr_jax.sharding import WEIGHT_RULES, axes_of, axis_size, reshard, spec, weight_spec
 from zephyr_jax.types import Params
 
 # Each projection's parameter, the axes that it contracts with its input, and those of its output.
@@ -200,10 +200,8 @@ def _gathered(equation: str, weight: Quantized, dtype: Any) -> Array:
     """The dequantized weight, gathered but for the axes that activations are sharded over too."""
     names = equation.split("->")[0].split(",")[1]
     at = len(names) + weight.axis
-    partition = spec(f"{names[: at + 1]}.{names[at + 1 :]}")
-    if partition is not None:
-        weight = jax.tree.map(lambda x: jax.reshard(x, partition), weight)
-    return dequantize(weight, dtype)
+    axes = f"{names[: at + 1]}.{names[at + 1 :]}"
+    return dequantize(jax.tree.map(lambda x: reshard(x, axes), weight), dtype)
 
 
 def freeze(params: Params, kind: str, dtype: str) -> Params:
