@@ -91,21 +91,18 @@ def setup(config: RunConfig, workdir: str | os.PathLike[str], clock: Clock | Non
             base = freeze(base, config.lora.base, config.model.dtype)
         logging.info("going on from step %d of %s", int(state.step), workdir)
 
-    def initial() -> Params:
+    def scored() -> Params:
+        if other:
+            params = held_to
+            if params is None:
+                params = _load_same(config, other).params
+                sources.check_base(params, meta["reference_model"]["digest"], other, str(workdir))
+            return freeze(params, config.lora.base, config.model.dtype) if config.lora else params
         if base is not None:
             return base
         if not int(state.step):
             return state.params
         return same_initial(config, workdir, meta["init_digest"])
-
-    def scored() -> Params:
-        if not other:
-            return initial()
-        params = held_to
-        if params is None:
-            params = _load_same(config, other).params
-            sources.check_base(params, meta["reference_model"]["digest"], other, str(workdir))
-        return freeze(params, config.lora.base, config.model.dtype) if config.lora else params
 
     clock.end("init" if restored is None else "restore")
     reference = None
