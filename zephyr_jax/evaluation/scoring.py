@@ -179,7 +179,7 @@ def pack_records(
         documents.append(document_of(tok, rendering, record, place))
         sources.append(record.get("source") or (part.name if len(sets) > 1 else ""))
         prompts.append(json.dumps(record["chosen"][:-1]) if pairs else str(number))
-    usable, lengths, counts, _ = usable_documents(
+    usable, counts, kept = usable_documents(
         rendering, seq_len, document_table(documents), np.ones(total, int), training=False
     )
     if not len(usable):
@@ -187,7 +187,7 @@ def pack_records(
         raise ValueError(f"no record of {names} can be scored: {counts}")
     return ScoreSet(
         documents=[documents[i] for i in usable],
-        plan=packing.best_fit(lengths.tolist(), seq_len),
+        plan=packing.best_fit(kept["length"].tolist(), seq_len),
         sources=np.asarray(sources)[usable],
         prompts=np.unique(np.asarray(prompts)[usable], return_inverse=True)[1],
         pairs=pairs,

@@ -16,7 +16,6 @@ class Usable(NamedTuple):
     """The documents of a split that go into rows, and what was counted on the way."""
 
     indices: np.ndarray  # N int64, a document taken twice in it twice
-    lengths: np.ndarray  # N int64
     counts: dict[str, int]
     table: np.ndarray  # N of `documents.DOCUMENT`
 
@@ -63,7 +62,7 @@ def usable_documents(
     if rendering.labeled:
         good = table["id"][indices] > 0
         counts |= {"desirable": int(good.sum()), "undesirable": int((~good).sum())}
-    return Usable(indices, lengths[indices], counts, table[indices])
+    return Usable(indices, counts, table[indices])
 
 
 def plan_rows(
@@ -73,15 +72,15 @@ def plan_rows(
     seq_len = config.data.seq_len
     fields, plans = {"seq_len": seq_len, "pairs_per_row": 0}, {}
     for split, part in usable.items():
-        skips, other = [], np.arange(0)
+        skips, other, lengths = [], np.arange(0), part.table["length"]
         if config.dpo:
             batch_fields, rows, other = _plan_batches(config, part, split)
             fields |= batch_fields
         elif config.data.packing == "best_fit":
-            rows = packing.best_fit(part.lengths.tolist(), seq_len)
+            rows = packing.best_fit(lengths.tolist(), seq_len)
         else:
-            rows, skips = packing.cut_stream(part.lengths, seq_len, config.seed)
-            n_tokens = int(part.lengths.sum())
+            rows, skips = packing.cut_stream(lengths, seq_len, config.seed)
+            n_tokens = int(lengths.sum())
             if not rows:
                 raise ValueError(
                     f"the {n_tokens} tokens of the {split} split fill no row of data.seq_len="
@@ -103,7 +102,7 @@ def _plan_batches(
     What is held out is one batch. Labeled answers have the same batches in every epoch, in an
     order of its own, so that the other answers are the same too.
     """
-    dpo, seed, lengths, other = config.dpo, config.seed, part.lengths, np.arange(0)
+    dpo, seed, lengths, other = config.dpo, config.seed, part.table["length"], np.arange(0)
     epochs, sizes = [[[*range(len(lengths))]]], lengths.tolist()
     if split == "train":
         size = config.train.batch_size
