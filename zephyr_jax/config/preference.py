@@ -101,7 +101,6 @@ class DpoConfig(LossOptions):
         holds = self.reference != "none" or not self.reference_model
         rule = "left out under dpo.reference=none, which compares with no model"
         require(holds, "dpo.reference_model", self.reference_model, rule)
-        weighted("dpo.loss", self.loss)
         longest, rule = self.max_prompt_length, f"below dpo.max_length={self.max_length}"
         require(longest < self.max_length, "dpo.max_prompt_length", longest, rule)
         # A number that neither the losses nor the reference of this run read is refused.
