@@ -51,9 +51,9 @@ def dialogue_document(
 
 
 def cut_pair(
-    prompt: Sequence[int],
-    chosen: Sequence[int],
-    rejected: Sequence[int],
+    prompt: list[int],
+    chosen: list[int],
+    rejected: list[int],
     max_length: int,
     max_prompt_length: int,
     bos: bool,
@@ -64,7 +64,6 @@ def cut_pair(
     `max_prompt_length` tokens (with its BOS); where that is not enough, both answers keep their
     first `max_length - max_prompt_length`.
     """
-    prompt, chosen, rejected = list(prompt), list(chosen), list(rejected)
     longest = max(len(chosen), len(rejected))
     if len(prompt) + longest > max_length and len(prompt) > max_prompt_length:
         head = prompt[: int(bos)]
