@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from processes import output_of
 from recipe_table import LAUNCHED, LENGTHS, RECIPES, TRAINER_DIFFERS
 from zephyr_jax.recipes.__main__ import literal, main
@@ -32,15 +33,10 @@ FREE |= {"optim.offload_optimizer", "train.trackers", "train.profile", "train.ke
 FREE |= {"data.new_tokenizer", "train.compiler_options"}
 
 
-def flat(tree, path=""):
-    """`{"optim.peak_lr": 2e-5, ...}` of a nested dict; a section that is None is left out."""
-    found = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{path}{name}.")
-        elif (path + name) not in ("dpo", "lora"):
-            found[path + name] = value
-    return found
+def flat(config):
+    """`{"optim.peak_lr": 2e-5, ...}`; a section that is None is left out."""
+    found = flatten_dict(config.to_dict(), sep=".")
+    return {name: x for name, x in found.items() if name not in ("dpo", "lora")}
 
 
 def cosine(step, warmup, total):
@@ -79,7 +75,7 @@ def test_a_recipe_laid_out_for_a_slice_is_the_recipe():
     assert len(names) == 6
     for name in names:
         recipe, chips = name.split("_v5e_")
-        found, wanted = (flat(load_config(x).to_dict()) for x in (name, recipe))
+        found, wanted = (flat(load_config(x)) for x in (name, recipe))
         laid = {"name", "train.micro_batches", "mesh.data", "mesh.fsdp", "mesh.tensor"}
         differing = {key for key in found if found[key] != wanted[key]}
         assert {"name", "mesh.fsdp"} <= differing <= laid
@@ -89,7 +85,7 @@ def test_a_recipe_laid_out_for_a_slice_is_the_recipe():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_field_is_the_published_one(name):
-    found, wanted = flat(load_config(name).to_dict()), RECIPES[name]
+    found, wanted = flat(load_config(name)), RECIPES[name]
     defaults = {f"dpo.{f.name}": f.default for f in dataclasses.fields(DpoConfig)}
     unsaid = set(found) - set(wanted) - FREE
     assert unsaid == {key for key in found if key in defaults} - set(wanted)
