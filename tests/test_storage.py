@@ -159,7 +159,7 @@ def test_a_damaged_json_file_is_named_with_the_remedy(tmp_path: pathlib.Path, ho
         storage.read_json(tmp_path / "absent.json")
 
 
-@pytest.fixture(params=["disk", "bucket"])
+@pytest.fixture(params=["disk", "bucket", "sha256"])
 def sealed(request, tmp_path, monkeypatch):
     """A sealed folder by its path or URL, and where it really is."""
     for name in ("a", "deep/b", "deep/er/c"):
@@ -168,6 +168,11 @@ def sealed(request, tmp_path, monkeypatch):
         stand_in(monkeypatch, tmp_path)
     folder = "gs://bucket/set" if request.param == "bucket" else tmp_path / "set"
     storage.seal(folder)
+    if request.param == "sha256":  # as it was sealed earlier
+        files = {
+            x: storage.file_info(tmp_path / "set" / x, "sha256") for x in storage.digests(folder)
+        }
+        storage.write_checked(tmp_path / "set" / storage.MANIFEST, {"files": files})
     return folder, tmp_path / "set"
 
 

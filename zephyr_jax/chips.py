@@ -158,10 +158,10 @@ def _check_programs(folder: Path, at_end: bool = False) -> None:
         # Where zstandard is installed JAX packs them without a checksum, and runs damaged ones. So
         # each gets its digest when the process that made it ends.
         for path in folder.glob("*-cache"):
-            stored = path.with_name(f"{path.name[:-5]}sha256")
+            stored = path.with_name(f"{path.name[:-5]}xxh3_128")
             if not stored.is_file():
-                stored.write_text(file_info(path)["sha256"])
-            elif not at_end and stored.read_text() != file_info(path)["sha256"]:
+                stored.write_text(file_info(path)["xxh3_128"])
+            elif not at_end and stored.read_text() != file_info(path)["xxh3_128"]:
                 logging.warning("%s is damaged, so the program is compiled again", path)
                 kept.discard(path.name[:-6])
         for path in folder.glob("*-*"):

@@ -98,7 +98,7 @@ def fetch(
 
 def _check_same(path: Path, blob_id: str) -> None:
     """Raises a ValueError unless a file is what Git's id of it, or of its LFS pointer, says."""
-    info = file_info(path)
+    info = file_info(path, "sha256")
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {bytes}\n"
     if blob_id == git_hash(pointer.format_map(info).encode()):
         return

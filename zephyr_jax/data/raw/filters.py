@@ -78,7 +78,7 @@ def load_contaminants(paths: Sequence[str | Path]) -> Contaminants:
         prompts = tuple(_prompts(path))
         if not prompts:
             raise ValueError(f"{path} holds no prompt: is it the right file?")
-        files.append(PromptFile(path.name, file_info(path)["sha256"], prompts))
+        files.append(PromptFile(path.name, file_info(path, "sha256")["sha256"], prompts))
     return tuple(sorted(files))
 
 

@@ -84,7 +84,7 @@ def find_sources(source: str | os.PathLike[str], schema: Schema) -> Sources:
     for name, reason in skipped.items():
         logging.warning("Skipped %s: %s.", name, reason)
     files = [
-        Source(candidates[name], name, file_info(candidates[name])["sha256"], split)
+        Source(candidates[name], name, file_info(candidates[name], "sha256")["sha256"], split)
         for name, split in _splits_of(source, fitting, schema.splits).items()
     ]
     return Sources(tuple(files), skipped, origin)
