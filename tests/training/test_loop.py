@@ -63,7 +63,7 @@ def test_a_finished_run_starts_again_without_a_step(sft_run, tmp_path):
 
 
 def test_a_flipped_bit_falls_back_to_the_checkpoint_before(sft_run, tmp_path):
-    workdir = sft_run.copied(tmp_path / "run")
+    workdir = sft_run.copied(tmp_path / "r[u]n*?")
     runs.flip_a_bit(workdir / "checkpoints" / "10" / "params")
     assert zj.load_model(workdir).lineage["step"] == 5
     assert_equal(fit(sft_run.config, workdir), sft_run.state)  # five and five again

@@ -7,9 +7,11 @@ and `meta` names their base. Orbax restores a flipped bit without an error, so e
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +29,6 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from zephyr_jax import storage
 from zephyr_jax.chips import check_space
-from zephyr_jax.config import require
 from zephyr_jax.config.model import MistralConfig
 from zephyr_jax.data.text.tokenizer import Tokenizer
 from zephyr_jax.distributed import first_decides
@@ -39,6 +40,18 @@ _COMMITTED = "commit_success.txt"  # what Orbax writes last, in a bucket, where 
 _UNSEALED = "unsealed"  # in FOLDER, the number of a step that is being saved
 CHUNK_BYTES = 1 << 23  # of an array, written as one chunk
 _CONTEXT = tensorstore.Context({"cache_pool#index": {"total_bytes_limit": 10_000_000}})
+
+
+def _for_orbax(folder: epath.Path) -> epath.Path:
+    """The folder; where its path is a pattern, for which Orbax takes it, a link in the cache."""
+    if storage.is_remote(folder) or not re.search(r"[][*?]", str(folder)):
+        return folder
+    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]  # on every process the same
+    link = epath.Path(storage.user_cache()) / "links" / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.symlink(folder, link)
+    return link
 
 
 def _named_leaves(state: TrainState) -> dict[str, Any]:
@@ -142,7 +155,6 @@ class Checkpointer:
 
     def __init__(self, workdir: str | os.PathLike[str], keep: int):
         self._root, self._keep = storage.absolute(workdir), keep
-        require("[" not in str(self._root), "workdir", workdir, "a path without [: Orbax globs it")
         self.best = 0  # set by the run
         self._orbax: ocp.CheckpointManager | None = None
         self._background = ThreadPoolExecutor(1)
@@ -153,7 +165,7 @@ class Checkpointer:
         if self._orbax is None:
             kept = policies.AnyPreservationPolicy([policies.LatestN(self._keep), self])
             self._orbax = ocp.CheckpointManager(
-                self._root / FOLDER,
+                _for_orbax(self._root) / FOLDER,
                 item_names=("params", "opt_state", "meta"),
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=kept,
@@ -264,12 +276,11 @@ def save_model(model: Model, folder: str | Path) -> None:
     # Orbax works on little more than one leaf at a time.
     largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(model.params))
     with storage.atomic_path(Path(folder).absolute()) as temporary:
-        step = temporary / FOLDER / "0"
-        step.mkdir(parents=True)
+        (temporary / FOLDER / "0" / "meta").mkdir(parents=True)
+        step = _for_orbax(epath.Path(temporary)) / FOLDER / "0"
         gigabytes = (largest + CHUNK_BYTES) / 1e9
         with ocp.StandardCheckpointer(save_concurrent_gb=gigabytes) as writer:
             writer.save(step / "params", model.params, save_args=_chunked(model.params))
-        (step / "meta").mkdir()
         meta = {"model": model.cfg.__dict__, "step": 0, **model.lineage, "sealed": True}
         meta["tokenizer"] = model.tokenizer.digest
         (step / "meta" / "metadata").write_text(json.dumps(meta))
