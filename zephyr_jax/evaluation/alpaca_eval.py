@@ -28,6 +28,7 @@ _IDENTITY = ("instruction", "output_1", "output_2", "annotator")  # of an annota
 _OFFICIAL = 805  # instructions
 OUTPUT = {"instruction": str, "output": str, "generator": str}
 ANNOTATION = {"instruction": str, "output_1": str, "output_2": str, "preference": object}
+ANNOTATION |= {"generator_1?": str, "generator_2?": str, "annotator?": str}
 _PROMPT = """Two assistants answered the instruction below. Which answer would most people prefer? \
 Judge whether it is correct, complete, clear and to the point; neither the order of the answers \
 nor their length counts by itself.

@@ -28,12 +28,12 @@ _KEY = "OPENAI_API_KEY"
 
 
 def read_rows(
-    path: str | os.PathLike[str], columns: Mapping[str, type], unique: Sequence[str] = ()
+    path: str | os.PathLike[str], columns: Mapping[str, Any], unique: Sequence[str] = ()
 ) -> list[Row]:
     """The objects in a file, one a line or in a list; a ValueError names a row that breaks a rule.
 
-    Each has these columns with values of these types. No two agree in all `unique` columns, where
-    no text is blank.
+    Each has these columns with values of these types; one with a ? may be absent. No two agree in
+    all `unique` columns, where no text is blank.
     """
     rows: list[Row] = []
     places: dict[tuple[Any, ...], str] = {}
@@ -41,11 +41,15 @@ def read_rows(
         place = f"{path}:{number}"
         if isinstance(row, str):
             raise ValueError(f"{place} is no row ({row})")
-        for name, kind in columns.items():
+        for column, kind in columns.items():
+            name = column.removesuffix("?")
             if name not in row:
+                if name != column:
+                    continue
                 raise ValueError(f"{place} lacks {name}; rows here have {', '.join(columns)}")
             if not isinstance(row[name], kind):
-                raise ValueError(f"{place}: {name} must be of type {kind.__name__}: {row[name]!r}")
+                wanted = getattr(kind, "__name__", kind)
+                raise ValueError(f"{place}: {name} must be of type {wanted}: {row[name]!r}")
             if name in unique and kind is str and not row[name].strip():
                 raise ValueError(f"{place} has an empty {name}; remove the row")
         key = tuple(json.dumps(row[name]) for name in unique)

@@ -27,7 +27,8 @@ TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 TEMPERATURES |= dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0)
 _WITH_REFERENCE = ("math", "reasoning", "coding")
 _QUESTION = {"question_id": int, "category": str, "turns": list}
-_ANSWER = {"question_id": int, "choices": list}
+_QUESTION |= {"required_temperature?": int | float}
+_ANSWER = {"question_id": int, "choices": list, "model_id?": str}
 _PROMPT = {"name": str, "system_prompt": str, "prompt_template": str}
 _SINGLE = {"question_id": int, "turn": int, "model": str, "score": object}
 _PAIR = {"question_id": int, "turn": int, "model_1": str, "model_2": str}
@@ -168,7 +169,7 @@ def _judge_answers(questions: Questions, args: argparse.Namespace) -> dict[str, 
 def _by(row: Row) -> str:
     """The judge of a judgment, which FastChat names next to its prompt."""
     judge = row.get("judge") or "unknown"
-    return judge[0] if isinstance(judge, list) else judge
+    return str(judge[0] if isinstance(judge, list) else judge)
 
 
 def _prompt(
@@ -195,7 +196,7 @@ def _prompt(
     prompt = questions.prompts[name]
     try:
         text = prompt["prompt_template"].format(**values)
-    except (LookupError, ValueError) as error:
+    except (LookupError, ValueError, AttributeError) as error:
         raise ValueError(f"judge prompt {name} cannot be filled: {error!r}") from error
     system = {"role": "system", "content": prompt["system_prompt"]}
     return name, [system, {"role": "user", "content": text}]
