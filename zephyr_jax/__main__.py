@@ -35,6 +35,7 @@ COMMANDS = {
 INTERRUPTED = 130  # exit status after SIGINT, as of shells
 # Errors that input, files and disk can cause; any other is a defect and keeps its traceback.
 _USER_ERRORS = (ValueError, OSError, ModuleNotFoundError, MemoryError, BrokenExecutor)
+_FULL = "more train.micro_batches, train.remat=full, fewer rows at once or more devices need less"
 
 
 class _Interrupt:
@@ -103,6 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except _USER_ERRORS as error:
         notes = getattr(error, "__notes__", ()) if isinstance(error, FileNotFoundError) else ()
         sys.stderr.write("\n".join([f"error: {' '.join(str(error).split())}", *notes, ""]))
+        raise SystemExit(2) from error
+    except RuntimeError as error:  # JAX's, whose import would take a second
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.stderr.write(f"error: {str(error).splitlines()[0]:.200}: {_FULL}\n")
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         sys.stderr.write("\nerror: stopped by the keyboard\n")

@@ -77,6 +77,10 @@ def test_an_error_of_the_file_system_is_one_line_and_a_defect_a_traceback(refuse
     monkeypatch.setattr(port_weights, "run", fail)
     error = OSError(errno.ENOSPC, "it fails", "a\nfile")
     assert "it fails" in refused("port_weights", "import", "a", "b")
+    error = RuntimeError("RESOURCE_EXHAUSTED: Used 20.5G of 15.7G hbm.\nmore\nlines")  # JAX's
+    assert "Used 20.5G of 15.7G hbm.: more train.micro_batches" in refused(
+        "port_weights", "import", "a", "b"
+    )
     error = KeyError("ours")
     with pytest.raises(KeyError):
         main(["port_weights", "import", "a", "b"])
