@@ -192,9 +192,13 @@ def test_options_reach_the_plan(tmp_path):
     options = {"sample": 0.5, "ngram": 8, "max_turns": 4}
     flags = [f"--{name}={value}" for name, value in options.items()]
     flags += [f"--refusal_phrases={tmp_path / 'own.txt'}", "--source=.", "--data_dir=."]
-    plan = prepare_data.plan_of(parse("messages", *flags))
-    assert plan["selection"] == Selection(**options)
-    assert plan["rules"] == CleaningRules(False, False, ("no way", "never"))
+    more = ["--clean=refusals", "--decontaminate=bench.jsonl"]
+    plan = prepare_data.plan_of(parse("messages", *flags, *more))
+    assert plan["selection"] == Selection(**options, decontaminate=("bench.jsonl",))
+    assert plan["rules"] == CleaningRules(False, True, ("no way", "never"))
+    for lacking, option in zip(more, ("refusal_phrases", "ngram"), strict=True):
+        with pytest.raises(ValueError, match=rf"--{option}.* has no effect without {lacking[:7]}"):
+            prepare_data.plan_of(parse("messages", *flags, *{*more} - {lacking}))
 
 
 @pytest.mark.parametrize("words", ["ultrachat --ties=drop", "ultrachat --config_name=200k --clean"])

@@ -80,6 +80,8 @@ def run(args: argparse.Namespace) -> None:
     counts = {"read": rows["read"], "bad": rows["bad"], **report["rules"]}
     counts.update({f"-> {split}": kept for split, kept in rows["kept"].items()})
     table = "\n".join(f"  {name:<24}{count:>10,}" for name, count in counts.items())
+    if args.drop_sources and not report["rules"].get("source_dropped"):
+        logging.warning("no row is from --drop_sources %s", " ".join(args.drop_sources))
     logging.info("%s\n%s\n  details: %s", path, table, path / preparation.REPORT)
 
 
@@ -91,6 +93,8 @@ def plan_of(args: argparse.Namespace) -> dict[str, Any]:
         if not (train.isdecimal() and held_out.isdecimal()):
             raise ValueError(f"--rows={args.rows}: give TRAIN,HELD_OUT, such as 207865,23110")
         rows = (int(train), int(held_out))
+    if args.ngram != Selection.ngram and not args.decontaminate:
+        raise ValueError(f"--ngram={args.ngram} has no effect without --decontaminate")
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Selection)}
     fields |= {"rows": rows, "decontaminate": tuple(args.decontaminate)}
     return {
@@ -119,6 +123,8 @@ def _rules(args: argparse.Namespace) -> CleaningRules | BinarizationRules:
     default = () if args.dataset == "messages" else CLEANING
     clean, phrases = default if args.clean is None else args.clean, CleaningRules.refusal_phrases
     if args.refusal_phrases is not None:
+        if "refusals" not in clean:
+            raise ValueError("--refusal_phrases has no effect without --clean refusals")
         lines = read_text(Path(args.refusal_phrases)).splitlines()
         phrases = tuple(line.strip() for line in lines if line.strip())
     keep = args.tool_turns == "keep"
