@@ -56,7 +56,10 @@ def test_alpaca_joins_input_and_puts_the_system_first():
     record, _ = convert({**row, "history": [["Why?", "So."]]})
     assert record["messages"] == [system(), *messages("Why?", "So.", "Say:\n\nOui", "Yes")]
     row = {"messages": [system("Mine."), *messages("Why?", "So.")], "system": "Column."}
-    assert convert(row)[0]["messages"][0] == system("Mine.")
+    record, counts = convert(row)
+    assert record["messages"][0] == system("Mine.")
+    assert counts == Counter(["unread_column:system"])
+    assert convert(row | {"system": "Mine."}) == (record, Counter())
 
 
 @pytest.mark.parametrize("own_id", ["mine", "", None])

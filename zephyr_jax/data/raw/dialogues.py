@@ -167,15 +167,15 @@ def _read(row: Row, labeled: bool = False) -> tuple[list[Turn], dict[str, str]]:
     if "data" in keys:
         turns = _alternating(row["data"])
     elif len(keys) == 1:
-        turns = schema.with_system(row, reader.turns(keys[0], learned=learned))
+        turns = reader.with_system(reader.turns(keys[0], learned=learned))
     elif keys[0] == "prompt":
-        context = schema.with_system(row, reader.turns("prompt", "user", "none"))
+        context = reader.with_system(reader.turns("prompt", "user", "none"))
         answers = reader.turns(keys[1], "assistant", learned)
         turns = [*({**turn, "train": False} for turn in context), *answers]
     else:
         question = schema.joined(row["instruction"], row.get("input"))
         earlier = [text for exchange in row.get("history") or [] for text in exchange]
-        turns = schema.with_system(row, _alternating([*earlier, question, row["output"]]))
+        turns = reader.with_system(_alternating([*earlier, question, row["output"]]))
     return turns, reader.remarks
 
 

@@ -128,7 +128,7 @@ def _read(row: Row) -> tuple[list[list[Turn]], str | None, dict[str, str]]:
         texts = [row[column] for column in columns if isinstance(row[column], str)]
         if not all(map(schema.is_transcript, texts)):
             raise BadRow("missing_key:prompt")
-    context = schema.with_system(row, schema.plain(context)) if context else []
+    context = reader.with_system(schema.plain(context)) if context else []
     return [_dialogue(reader, c, context, is_whole) for c in columns], text, reader.remarks
 
 
@@ -136,10 +136,10 @@ def _dialogue(reader: Reader, key: str, context: list[Turn], is_whole: bool) -> 
     """All turns up to the answer of a column, which may hold them all."""
     answer = reader.row[key]
     if schema.is_transcript(answer):
-        return schema.with_system(reader.row, schema.transcript_turns(answer))
+        return reader.with_system(schema.transcript_turns(answer))
     turns = schema.plain(reader.turns(key, "assistant", "last"))
     if turns and turns[0]["role"] in ("system", "user"):
-        whole = schema.with_system(reader.row, turns)
+        whole = reader.with_system(turns)
         # Turns that do not go on from a prompt in turns fall to the rule about roles.
         if is_whole or whole[: len(context)] == context:
             return whole

@@ -203,6 +203,17 @@ class Reader:
         first = {"all": 0, "last": len(turns) - 1, "none": len(turns)}[learned]
         return [self._read(turn, f"{key}[{i}]", i < first) for i, turn in enumerate(turns)]
 
+    def with_system(self, turns: list[Turn]) -> list[Turn]:
+        """The turns behind the text of the `system` column, unless they have a system turn."""
+        system = self.row.get("system")
+        if not system or not system.strip():
+            return turns
+        if not turns or turns[0]["role"] != "system":
+            return [{"role": "system", "content": system}, *turns]
+        if turns[0]["content"].strip() != system.strip():
+            self.remarks["unread_column:system"] = f"system: {window(system)}"
+        return turns
+
     def _read(self, turn: Any, place: str, is_context: bool) -> Turn:
         if not isinstance(turn, dict):
             raise BadRow(f"wrong_type:{place}")
@@ -304,14 +315,6 @@ def plain(turns: Iterable[Turn]) -> list[Turn]:
 def is_dropping(name: str) -> bool:
     """Whether a remark is a reason to drop the row."""
     return name in ("marked_row", "tool_turn", "no_target_turn") or name.startswith("not_text:")
-
-
-def with_system(row: Row, turns: list[Turn]) -> list[Turn]:
-    """The turns behind the text of the `system` column, unless they have a system turn."""
-    system = row.get("system")
-    if not system or not system.strip() or [turn["role"] for turn in turns[:1]] == ["system"]:
-        return turns
-    return [{"role": "system", "content": system}, *turns]
 
 
 def well_ordered(messages: Sequence[Mapping[str, Any]]) -> bool:
