@@ -3,6 +3,8 @@
 import functools
 import gzip
 import json
+import os
+import pathlib
 import tracemalloc
 
 import numpy as np
@@ -88,6 +90,11 @@ def test_json_that_cannot_be_rows_is_told_exactly(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as stop:
         rows_of(tmp_path / "a.json")
     assert "\n" not in str(stop.value)
+    reader, writer = os.pipe()
+    with pytest.raises(ValueError, match="is a pipe, and is read twice"):
+        rows_of(pathlib.Path(f"/dev/fd/{reader}"))
+    os.close(writer)
+    os.close(reader)
 
 
 def test_compressed_files_and_parquet_hold_the_same(tmp_path):

@@ -105,6 +105,8 @@ def read_text(path: Path) -> str:
 def _open(path: Path) -> IO[bytes]:
     """A file's decompressed bytes, in UTF-8 if they are UTF-16; a mark at the beginning stays."""
     with path.open("rb") as raw:
+        if not raw.seekable():
+            raise ValueError(f"{path} is a pipe, and is read twice: write its content to a file")
         head = raw.read(4)
     file: Any
     if head.startswith(b"\x1f\x8b"):
