@@ -315,8 +315,7 @@ def compare(
     done, total = 0, sum(info["bytes"] for info in files.values())
     files = files if contents else {}
     with ThreadPoolExecutor() as pool:
-        kinds = (list(info)[-1] for info in files.values())  # sha256 where it was sealed earlier
-        actual = pool.map(file_info, (folder / name for name in files), kinds)
+        actual = pool.map(lambda name: file_info(folder / name, [*files[name]][-1]), files)
         for (name, info), now in zip(files.items(), actual, strict=True):
             if now != info:
                 raise ValueError(f"{folder / name} is damaged (its content changed): {remedy}")
