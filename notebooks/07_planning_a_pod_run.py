@@ -237,6 +237,7 @@ recorded = {
         "exposed_transfers": 0.0006577675333333332,
     },
     "mfu": 0.08863601277946448,
+    "calibration": 1.11,
 }
 
 # %%
