@@ -35,12 +35,9 @@ def pair_record(prompt, chosen, rejected) -> dict:
     return record | {"score_chosen": 8.0, "score_rejected": 3.5}
 
 
-def printed(groups, color=""):
+def printed(groups, color=False):
     stream = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("FORCE_COLOR", color), ("NO_COLOR", ""), ("TERM", "xterm")):
-            patch.setenv(name, value)
-        print_cards(groups, stream)
+    print_cards(groups, stream, color)
     return stream.getvalue()
 
 
@@ -70,7 +67,7 @@ def test_nothing_in_the_data_reaches_the_terminal_or_the_page_as_a_command(tmp_p
     assert all(c.isprintable() or c == "\n" for c in text)
     assert "\\x1b[2Jgone\\x07 \\u202edesrever\\u200b" in text
     assert "[-\n│ next-]" in text
-    assert without_colors(printed(groups, color="1")) == text
+    assert without_colors(printed(groups, color=True)) == text
     page = Page(EVIL)
     page.cards(*groups[0])
     page.write(tmp_path / "page.html")
@@ -79,10 +76,12 @@ def test_nothing_in_the_data_reaches_the_terminal_or_the_page_as_a_command(tmp_p
     assert source.count("&lt;script&gt;") == source.count("&amp;amp;") == 4
 
 
-def test_colors_are_for_terminals():
+def test_colors_are_for_terminals(monkeypatch):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
     groups = [Group([Card("title", [Span("a\nb", "target special")])])]
     assert printed(groups) == "┌ title\n│ a\n│ b\n└\n"
-    text = printed(groups, color="1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    text = printed(groups, color=True)
     assert "\x1b[1;35" in text
     assert without_colors(text) == printed(groups)
 

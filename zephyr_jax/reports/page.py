@@ -160,9 +160,10 @@ def diff_spans(before: str, after: str) -> list[Span]:
     return [span for span in spans if span.text]
 
 
-def print_cards(groups: Iterable[Group], stream: TextIO) -> None:
-    """Prints the cards one below the other, framed; in color where the stream is a terminal."""
-    console = Console(file=stream, soft_wrap=True, highlight=False)
+def print_cards(groups: Iterable[Group], stream: TextIO, color: bool = False) -> None:
+    """Prints the cards one below the other, framed; with `color` in color whatever the stream."""
+    forced: dict[str, Any] = {"force_terminal": True, "no_color": False} if color else {}
+    console = Console(file=stream, soft_wrap=True, highlight=False, **forced)
     for card in itertools.chain.from_iterable(group.cards for group in groups):
         title = _styled([Span(card.title.replace("\n", " "), f"bold {card.style}")])
         if not card.spans:
