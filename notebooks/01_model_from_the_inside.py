@@ -99,13 +99,13 @@ print("cos", cos.shape, " mask", mask.shape, " stream", stream.shape)
 # %%
 def attention(layer, x):
     """What the heads add to the stream `B T D`, and their weights `B K G T S`."""
-    q = rope(jnp.einsum("BTD,DKGH->BTKGH", x, layer["q"]), cos, sin)
-    k = rope(jnp.einsum("BTD,DKH->BTKH", x, layer["k"]), cos, sin)
-    v = jnp.einsum("BTD,DKH->BTKH", x, layer["v"])
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k) / jnp.sqrt(cfg.head_dim)
+    q = rope(jnp.einsum("BTD,DKGH->BKGTH", x, layer["q"]), cos, sin)
+    k = rope(jnp.einsum("BTD,DKH->BKTH", x, layer["k"]), cos, sin)
+    v = jnp.einsum("BTD,DKH->BKTH", x, layer["v"])
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k) / jnp.sqrt(cfg.head_dim)
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -jnp.inf), axis=-1)
-    mixed = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
-    return jnp.einsum("BTKGH,KGHD->BTD", mixed, layer["o"]), weights
+    mixed = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v)
+    return jnp.einsum("BKGTH,KGHD->BTD", mixed, layer["o"]), weights
 
 
 # %% [markdown]
@@ -191,7 +191,7 @@ print("keys seen by tokens 0..9:", np.asarray(mask[0, :10].sum(-1)))
 # embedding of token `s`, by the exact Jacobian.
 
 # %%
-jacobian = jax.jit(jax.jacfwd(lambda x: jnp.stack(by_hand(x)[1])[:, 0]))(stream)[..., 0, :, :]
+jacobian = jax.jit(jax.jacrev(lambda x: jnp.stack(by_hand(x)[1])[:, 0]))(stream)[..., 0, :, :]
 print("L T D S D:", jacobian.shape)
 figure, axes = plt.subplots(1, 3, figsize=(9.2, 3.1), layout="constrained", sharey=True)
 for number, here in enumerate(axes):

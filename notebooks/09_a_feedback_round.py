@@ -132,7 +132,7 @@ axes[0].hist(scores[:, 0], bins, alpha=0.6, color=ORANGE, label="worst of four")
 axes[0].hist(scores[:, -1], bins, alpha=0.6, color=BLUE, label="best of four")
 axes[0].set(xlabel="score", ylabel="questions")
 axes[0].legend(frameon=False)
-measured = judge_quality(root / "round")["forms"]["overall"]
+measured = judge_quality(root / "round")[0]["forms"]["overall"]
 shown = [name for name in ("ties", "longer_wins") if name in measured]
 for at, name in enumerate(shown):
     one = measured[name]
