@@ -31,6 +31,8 @@ LANES = 128  # splash takes rows of a multiple of these
 # Tokens of a tile of splash: the first that divides the row and suits the generation; 2,048 do not
 # fit the vector memory of any (libtpu 0.0.42.1).
 BLOCKS = (1024, 512, 256, LANES)
+_INDEX_BITS = 11  # of a token in a row of branches that splash runs over once
+_LAST = (1 << _INDEX_BITS) - 1
 _LARGEST = {"TPU v5": 1024, "TPU v6 lite": 1024, "TPU7x": 1024}  # by kind; else 512
 
 
@@ -198,6 +200,8 @@ def _splash(window: int | None, interpret: bool, q: Array, k: Array, v: Array, t
     if tokens.branches is None:
         return kernel(q, k, v, segments)[..., :t, :]
     branches = _filled(tokens.branches, -1)
+    if window is None and q.shape[-2] <= 1 << _INDEX_BITS:
+        return kernel(q, k, v, segments, _hidden(segments, branches))[..., :t, :]
 
     def without(hidden: int) -> Array:
         # The hidden branch becomes a document of its own: queries that see no key would turn the
@@ -212,6 +216,35 @@ def _splash(window: int | None, interpret: bool, q: Array, k: Array, v: Array, t
 
     rejected = (branches == 2)[:, None, None, :, None]
     return jnp.where(rejected, without(1), without(2))[..., :t, :]
+
+
+def _hidden(segments: Int[Array, "B T"], branches: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """What `_sees` reads of each query: its index, and how far back the other branch lies.
+
+    The branch before the query's own, in its document, lies more than `near` and at most `far`
+    tokens back. As near <= far < 2^11, both take 21 bits: the larger half of all such pairs is
+    folded over the smaller one.
+    """
+    index = jax.lax.broadcasted_iota(jnp.int32, segments.shape, 1)
+    runs = 3 * segments + branches
+    first = jnp.diff(runs, axis=1, prepend=-1) != 0
+    start = jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+    before = jnp.maximum(start - 1, 0)
+    take = functools.partial(jnp.take_along_axis, axis=1, indices=before)
+    hides = (branches > 0) & (take(branches) > 0) & (take(segments) == segments) & (start > 0)
+    near = index - start
+    more = jnp.where(hides, start - take(start), 0)
+    fold = (more >> (_INDEX_BITS - 1)) * _LAST
+    return index | (near ^ fold) << _INDEX_BITS | (more ^ fold) << 2 * _INDEX_BITS
+
+
+def _sees(queries: Any, keys: Any) -> Any:
+    """Whether queries, as `_hidden` describes them, see keys, by index; for the kernel."""
+    near, more = queries >> _INDEX_BITS & _LAST, queries >> 2 * _INDEX_BITS & _LAST >> 1
+    fold = (near + more >> _INDEX_BITS) * _LAST
+    near, more = near ^ fold, more ^ fold
+    back = (queries & _LAST) - keys
+    return (back >= 0) & ((back <= near) | (back > near + more))
 
 
 def _filled(x: Array, axis: int) -> Array:
@@ -246,9 +279,14 @@ def _kernel(like: Array, window: int | None, interpret: bool):
         interpret=interpret,
     )
 
-    def one(q, k, v, ids):
+    def one(q, k, v, ids, hidden=None):
+        run = kernel
+        if hidden is not None:
+            infos = kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info
+            infos = (info._replace(q_sequence=hidden) for info in infos)
+            run = kernels.SplashAttentionKernel(*infos, **kernel.kwargs | {"mask_function": _sees})
         q = q.reshape(kv * g, t, h)
-        out = cast(Array, kernel(q, k, v, segment_ids=kernels.SegmentIds(ids, ids)))
+        out = cast(Array, run(q, k, v, segment_ids=kernels.SegmentIds(ids, ids)))
         return out.reshape(kv, g, t, h)
 
     return jax.vmap(one)
