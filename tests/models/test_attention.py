@@ -39,12 +39,36 @@ def test_pairs_equal_float64(implementation, window, group):  # pitfalls 29, 35,
     check_rows(implementation, cases.pairs_and_padding(37), window, g=group, h=10)
 
 
-@pytest.mark.parametrize(
-    ("window", "group"), [(3, 4), pytest.param(None, 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("window", "group"), [(3, 4), (None, 2)])
 def test_splash_equals_float64(window, group):
     """150 tokens, which the kernel has to fill up to 256."""
     check_rows("splash", cases.pairs_and_padding(150), window, g=group)
+
+
+@pytest.mark.slow
+def test_splash_of_long_rows_equals_float64(monkeypatch):
+    monkeypatch.setattr(module, "_LAST", 127)  # two calls
+    check_rows("splash", cases.pairs_and_padding(150), None)
+
+
+@pytest.mark.parametrize("t", [128, 600, 2048])
+def test_the_kernel_computes_the_mask_of_pairs(t):
+    """Pairs and dialogues of any lengths, answers without a token, a row of one long pair."""
+    rng = np.random.default_rng(t)
+    rows = [
+        [cases.pair(1, t - 3, 2)],
+        [cases.pair(1, 2, t - 3)],
+        [cases.pair(1, t // 2 - 1, t // 2)],
+    ]
+    for _ in range(9):
+        sizes = np.diff([0, *np.sort(rng.integers(1, t, 3 * rng.integers(1, 9))), t])
+        rows.append([cases.pair(*part) for part in sizes[: len(sizes) // 3 * 3].reshape(-1, 3)])
+    segments, branches, _ = cases.packed(rows, t)
+    queries = np.asarray(module._hidden(jnp.asarray(segments), jnp.asarray(branches)))
+    index, others = np.arange(t), branches[:, None]
+    seen = module._sees(queries[:, :, None], index) & (segments[:, :, None] == segments[:, None])
+    wanted = (segments[:, :, None] == segments[:, None]) & (index[:, None] >= index)
+    np.testing.assert_array_equal(seen, wanted & ((others == 0) | (others == branches[:, :, None])))
 
 
 @pytest.mark.parametrize(("implementation", "window"), [("tiled", 3), ("splash", None)])
@@ -143,18 +167,22 @@ def is_jaxpr(x):
     return hasattr(x, "eqns") or hasattr(x, "jaxpr")
 
 
-def test_steps_run_the_kernel_once_for_dialogues_and_twice_for_pairs(cfg, params, batch):
+def test_steps_run_the_kernel_once(cfg, params, batch, monkeypatch):
+    cfg = dataclasses.replace(cfg, sliding_window=None)
+
     def calls(config, batch):
         return kernel_calls(jax.make_jaxpr(loss_sums(config))(params, batch).jaxpr)
 
     assert calls(run_of("demo_sft", cfg, "splash"), batch.rows) == 1
-    assert calls(run_of("demo_dpo", cfg, "splash"), batch) == 2
+    assert calls(run_of("demo_dpo", cfg, "splash"), batch) == 1
     assert calls(run_of("demo_dpo", cfg, "auto"), batch) == 0
+    monkeypatch.setattr(module, "_LAST", 31)  # and twice for pairs in longer rows
+    assert calls(run_of("demo_dpo", cfg, "splash"), batch) == 2
 
 
-@pytest.mark.parametrize(("implementation", "saved"), [("einsum", 1), ("tiled", 2), ("splash", 4)])
+@pytest.mark.parametrize(("implementation", "saved"), [("einsum", 1), ("tiled", 2), ("splash", 2)])
 def test_saved_attention_is_not_computed_again(implementation, saved, capsys):
-    """Tiles need their log-sum-exps for the backward pass too; splash runs twice for branches."""
+    """Tiles and splash need their log-sum-exps for the backward pass too."""
     run = cases.named(implementation, None)(cases.layout_of(cases.dialogues_and_padding(40)))
     policy = jax.checkpoint_policies.save_only_these_names("attention")
     arrays = cases.inputs(4, 40)[:3]

@@ -31,7 +31,8 @@ LANES = 128  # splash takes rows of a multiple of these
 # Tokens of a tile of splash: the first that divides the row and suits the generation; 2,048 do not
 # fit the vector memory of any (libtpu 0.0.42.1).
 BLOCKS = (1024, 512, 256, LANES)
-_INDEX_BITS = 11  # of a token in a row of branches that splash runs over once
+# Of a token in a row with branches: three numbers are packed in the 32 that splash has for a query.
+_INDEX_BITS = 11
 _LAST = (1 << _INDEX_BITS) - 1
 _LARGEST = {"TPU v5": 1024, "TPU v6 lite": 1024, "TPU7x": 1024}  # by kind; else 512
 
@@ -182,9 +183,11 @@ def _suits_cudnn(layout: Layout, head_dim: int, dtype: str) -> bool:
 def splash_over(layout: Layout, window: int | None, *, interpret: bool) -> Attend:
     """The attention of packed rows by the Pallas kernel; padding attends to padding.
 
-    The kernel knows one document id per token, a causal mask, and a window by index. Rows with
-    branches run it twice. If the window is shorter than the row, a document's shared prefix and the
-    branch in question are first moved together. `interpret` runs it as ordinary JAX, for tests.
+    The kernel knows one document id per token, and computes a causal mask and a window by index; in
+    rows with branches of at most 2,048 tokens a mask that hides each query's other branch. Longer
+    rows with branches, or with a shorter window, run it twice: if the window is shorter, a
+    document's shared prefix and the branch in question are first moved together. `interpret` runs
+    it as ordinary JAX, for tests.
     """
     local = functools.partial(_splash, window, interpret)
     run = per_device(local, ("BNGTH", "BNTH", "BNTH", "BT"), spec("BNGTH"))
@@ -200,7 +203,7 @@ def _splash(window: int | None, interpret: bool, q: Array, k: Array, v: Array, t
     if tokens.branches is None:
         return kernel(q, k, v, segments)[..., :t, :]
     branches = _filled(tokens.branches, -1)
-    if window is None and q.shape[-2] <= 1 << _INDEX_BITS:
+    if window is None and q.shape[-2] <= _LAST + 1:
         return kernel(q, k, v, segments, _hidden(segments, branches))[..., :t, :]
 
     def without(hidden: int) -> Array:
@@ -219,32 +222,31 @@ def _splash(window: int | None, interpret: bool, q: Array, k: Array, v: Array, t
 
 
 def _hidden(segments: Int[Array, "B T"], branches: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """What `_sees` reads of each query: its index, and how far back the other branch lies.
+    """Each query's index and where the branch before its own lies, in one integer, for `_sees`.
 
-    The branch before the query's own, in its document, lies more than `near` and at most `far`
-    tokens back. As near <= far < 2^11, both take 21 bits: the larger half of all such pairs is
-    folded over the smaller one.
+    That branch, of `length` tokens or none, ends `near` + 1 tokens before the query. Behind a
+    shared token both together are less than 2^11 - 1, so that 21 bits hold them: for a long branch
+    both are subtracted from 2^11 - 1, which makes their sum larger than that.
     """
     index = jax.lax.broadcasted_iota(jnp.int32, segments.shape, 1)
-    runs = 3 * segments + branches
-    first = jnp.diff(runs, axis=1, prepend=-1) != 0
-    start = jax.lax.cummax(jnp.where(first, index, 0), axis=1)
-    before = jnp.maximum(start - 1, 0)
-    take = functools.partial(jnp.take_along_axis, axis=1, indices=before)
-    hides = (branches > 0) & (take(branches) > 0) & (take(segments) == segments) & (start > 0)
-    near = index - start
-    more = jnp.where(hides, start - take(start), 0)
-    fold = (more >> (_INDEX_BITS - 1)) * _LAST
-    return index | (near ^ fold) << _INDEX_BITS | (more ^ fold) << 2 * _INDEX_BITS
+    begins = jnp.diff(3 * segments + branches, axis=1, prepend=-1) != 0
+    start = jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+    before = functools.partial(
+        jnp.take_along_axis, indices=jnp.maximum(start - 1, 0), axis=1
+    )  # what is true of the token before the query's own part of its document
+    hides = (branches > 0) & (before(branches) > 0) & (before(segments) == segments)
+    near, length = index - start, jnp.where(hides, start - before(start), 0)
+    turn = (length >> _INDEX_BITS - 1) * _LAST  # x ^ _LAST is _LAST - x
+    return index | (near ^ turn) << _INDEX_BITS | (length ^ turn) << 2 * _INDEX_BITS
 
 
 def _sees(queries: Any, keys: Any) -> Any:
-    """Whether queries, as `_hidden` describes them, see keys, by index; for the kernel."""
-    near, more = queries >> _INDEX_BITS & _LAST, queries >> 2 * _INDEX_BITS & _LAST >> 1
-    fold = (near + more >> _INDEX_BITS) * _LAST
-    near, more = near ^ fold, more ^ fold
+    """Whether queries, as `_hidden` describes them, see keys, by index; part of the kernel."""
+    near, length = queries >> _INDEX_BITS & _LAST, queries >> 2 * _INDEX_BITS & _LAST >> 1
+    turn = (near + length >> _INDEX_BITS) * _LAST
+    near, length = near ^ turn, length ^ turn
     back = (queries & _LAST) - keys
-    return (back >= 0) & ((back <= near) | (back > near + more))
+    return (back >= 0) & ((back <= near) | (back > near + length))
 
 
 def _filled(x: Array, axis: int) -> Array:

@@ -118,7 +118,7 @@ def estimated_gib(config: RunConfig, rows: int) -> float:
     queries = model.num_attention_heads * model.head_dim
     keys = model.num_key_value_heads * model.head_dim
     widths = {"q": queries, "k": keys, "v": keys, "o": model.hidden_size}
-    widths["attention"] = 2 * queries if config.dpo else queries  # one for each branch
+    widths["attention"] = queries * (2 if config.dpo and config.data.seq_len > 2048 else 1)
     widths |= {"gate": model.intermediate_size, "up": model.intermediate_size, "down": widths["o"]}
     width = model.hidden_size + sum(widths[name] for name in kept) / mesh.tensor
     held = -(-rows // (mesh.data * mesh.fsdp * train.micro_batches))
