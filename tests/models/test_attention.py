@@ -55,11 +55,8 @@ def test_splash_of_long_rows_equals_float64(monkeypatch):
 def test_the_kernel_computes_the_mask_of_pairs(t):
     """Pairs and dialogues of any lengths, answers without a token, a row of one long pair."""
     rng = np.random.default_rng(t)
-    rows = [
-        [cases.pair(1, t - 3, 2)],
-        [cases.pair(1, 2, t - 3)],
-        [cases.pair(1, t // 2 - 1, t // 2)],
-    ]
+    rows = [[cases.pair(1, *sizes)] for sizes in ((t - 3, 2), (2, t - 3), (t // 2 - 1, t // 2))]
+    rows.append([[*cases.pair(3, 9, 4), *((3, 3 + i) for i in range(7))]])  # a third answer
     for _ in range(9):
         sizes = np.diff([0, *np.sort(rng.integers(1, t, 3 * rng.integers(1, 9))), t])
         rows.append([cases.pair(*part) for part in sizes[: len(sizes) // 3 * 3].reshape(-1, 3)])

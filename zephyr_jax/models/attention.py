@@ -184,10 +184,9 @@ def splash_over(layout: Layout, window: int | None, *, interpret: bool) -> Atten
     """The attention of packed rows by the Pallas kernel; padding attends to padding.
 
     The kernel knows one document id per token, and computes a causal mask and a window by index; in
-    rows with branches of at most 2,048 tokens a mask that hides each query's other branch. Longer
-    rows with branches, or with a shorter window, run it twice: if the window is shorter, a
-    document's shared prefix and the branch in question are first moved together. `interpret` runs
-    it as ordinary JAX, for tests.
+    rows with branches of at most 2,048 tokens a mask that hides the branches before each query's
+    own. Longer rows of pairs run it twice, and so do those with a shorter window, in which a prompt
+    and the branch in question are first moved together. `interpret` is ordinary JAX, for tests.
     """
     local = functools.partial(_splash, window, interpret)
     run = per_device(local, ("BNGTH", "BNTH", "BNTH", "BT"), spec("BNGTH"))
@@ -222,20 +221,20 @@ def _splash(window: int | None, interpret: bool, q: Array, k: Array, v: Array, t
 
 
 def _hidden(segments: Int[Array, "B T"], branches: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Each query's index and where the branch before its own lies, in one integer, for `_sees`.
+    """Each query's index and where the branches before its own lie, in one integer, for `_sees`.
 
-    That branch, of `length` tokens or none, ends `near` + 1 tokens before the query. Behind a
-    shared token both together are less than 2^11 - 1, so that 21 bits hold them: for a long branch
+    They end `near` + 1 tokens before the query, and have `length` tokens together, or none. Behind
+    a shared token both are less than 2^11 - 1 in all, so that 21 bits hold them: for long branches
     both are subtracted from 2^11 - 1, which makes their sum larger than that.
     """
     index = jax.lax.broadcasted_iota(jnp.int32, segments.shape, 1)
-    begins = jnp.diff(3 * segments + branches, axis=1, prepend=-1) != 0
-    start = jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
-    before = functools.partial(
-        jnp.take_along_axis, indices=jnp.maximum(start - 1, 0), axis=1
-    )  # what is true of the token before the query's own part of its document
-    hides = (branches > 0) & (before(branches) > 0) & (before(segments) == segments)
-    near, length = index - start, jnp.where(hides, start - before(start), 0)
+
+    def start(branch: Array) -> Array:  # of the part of a document that the query is in
+        new = (jnp.diff(segments, prepend=-1) != 0) | (jnp.diff(branch, prepend=-1) != 0)
+        return jax.lax.cummax(jnp.where(new, index, 0), axis=1)
+
+    own, answers = start(branches), start(jnp.minimum(branches, 1))
+    near, length = index - own, own - answers
     turn = (length >> _INDEX_BITS - 1) * _LAST  # x ^ _LAST is _LAST - x
     return index | (near ^ turn) << _INDEX_BITS | (length ^ turn) << 2 * _INDEX_BITS
 
