@@ -5,7 +5,7 @@ import io
 import re
 
 import pytest
-from raw_rows import dialogue, rated, write, write_raw
+from raw_rows import dialogue, messages, rated, write, write_raw
 
 from zephyr_jax.__main__ import main
 from zephyr_jax.config.run import load_config
@@ -18,20 +18,14 @@ from zephyr_jax.reports.data import record_numbers
 from zephyr_jax.reports.inspect import record_cards, row_cards
 from zephyr_jax.reports.page import Card, Group, Page, Span, print_cards
 
-TALK = [
-    {"role": "user", "content": "Where does the mipp live? 😀"},
-    {"role": "assistant", "content": "In the dunes.\n</s> is text here."},
-    {"role": "user", "content": "Sum 2 and 3."},
-    {"role": "assistant", "content": "5"},
-]
+TEXTS = ("Where does the mipp live? 😀", "In the dunes.\n</s> is text here.", "Sum 2 and 3.", "5")
+TALK = messages(*TEXTS)
 EVIL = "<script>alert('x')</script> \x1b[2Jgone\x07 \u202edesrever\u200b &amp; \ud800"
 
 
 def pair_record(prompt, chosen, rejected) -> dict:
-    question = {"role": "user", "content": prompt}
-    answers = [{"role": "assistant", "content": text} for text in (chosen, rejected)]
     record: dict = {"prompt": prompt, "prompt_id": "0" * 64, "source": "here"}
-    record |= {"chosen": [question, answers[0]], "rejected": [question, answers[1]]}
+    record |= {"chosen": messages(prompt, chosen), "rejected": messages(prompt, rejected)}
     return record | {"score_chosen": 8.0, "score_rejected": 3.5}
 
 
