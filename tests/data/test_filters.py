@@ -9,7 +9,7 @@ from importlib import metadata
 
 import numpy as np
 import pytest
-from raw_rows import write
+from raw_rows import messages, system, write
 
 from zephyr_jax.data.raw import filters
 from zephyr_jax.data.raw.filters import contamination, load_contaminants, signature, words
@@ -19,27 +19,21 @@ CODE = 'def has_close(numbers: List[float], limit: float) -> bool:\n    """ Chec
 CODE += ' numbers are closer to each other than the limit. """\n'
 
 
-def chat(*contents, roles=("user", "assistant")):
-    turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
-    return {"prompt": contents[0], "prompt_id": "0", "messages": turns}
+def chat(*contents):
+    return {"prompt": contents[0], "prompt_id": "0", "messages": messages(*contents)}
 
 
 def pair(prompt, chosen, rejected):
-    return {
-        "prompt": prompt,
-        "chosen": chat(prompt, chosen)["messages"],
-        "rejected": chat(prompt, rejected)["messages"],
-    }
+    answers = {"chosen": messages(prompt, chosen), "rejected": messages(prompt, rejected)}
+    return {"prompt": prompt, **answers}
 
 
 @pytest.fixture
 def banned(tmp_path):
-    rows = [{"question_id": 81, "turns": [LONG, "Now draw a map."]}, {"turns": ["Hi!"]}]
-    paths = [write(tmp_path / "question.jsonl", rows)]
-    paths.append(tmp_path / "HumanEval.jsonl.gz")
-    row = {"task_id": "HumanEval/0", "prompt": CODE, "entry_point": "has_close"}
-    paths[-1].write_bytes(gzip.compress(json.dumps(row).encode()))
-    paths.append(tmp_path / "alpaca_eval.json")
+    asked = [{"question_id": 81, "turns": [LONG, "Now draw a map."]}, {"turns": ["Hi!"]}]
+    tasks = [{"task_id": "HumanEval/0", "prompt": CODE, "entry_point": "has_close"}]
+    paths = [write(tmp_path / "question.jsonl", asked)]
+    paths += [write(tmp_path / "HumanEval.jsonl.gz", tasks), tmp_path / "alpaca_eval.json"]
     rows = [{"instruction": "Où est le café de la gare ?", "output": "x", "dataset": "own"}]
     paths[-1].write_text(json.dumps(rows, indent=1))
     return load_contaminants(paths)
@@ -59,7 +53,7 @@ def test_what_is_contaminated(banned):
         assert contamination(chat("é " + message, "No."), banned)
         published = pair("Is it?", "No.", message) | chat("Is it?", "No.")
         assert contamination(published, banned)[2] == "rejected[1] (assistant)"
-        assert contamination(chat(message, "a", roles=("system", "user")), banned)
+        assert contamination({"messages": [system(message), *messages("a")]}, banned)
 
 
 def test_what_is_not(banned):
@@ -143,8 +137,8 @@ def test_words_of_ascii_are_those_of_the_general_rule():
 )
 def test_limits_are_those_of_each_dialogue(limits, fault):
     record = chat("Hello there?", " Hi. ", "And now?", "Good.")
-    record["messages"].insert(0, {"role": "system", "content": "be"})
-    harmless = chat("Hello?", "Fine.")["messages"]
+    record["messages"].insert(0, system("be"))
+    harmless = messages("Hello?", "Fine.")
     assert filters.length_fault(record, **limits) == fault
     for sides in (("chosen", "rejected"), ("rejected", "chosen")):
         two = dict(zip(sides, (record["messages"], harmless), strict=True))
@@ -191,9 +185,7 @@ def test_prompt_files_that_do_not_fit(tmp_path, name, content, message):
         load_contaminants([tmp_path / "nowhere.jsonl"])
 
 
-WORDS = [
-    f"{first}{second}" for first in "bdfgklmnprst" for second in ("a", "e", "i", "o", "al", "un")
-]
+WORDS = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "al", "un")]
 
 
 def families(seed, count):
