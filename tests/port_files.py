@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import toy as tok  # noqa: F401  420 tokens
 from flax import traverse_util
-from sample_tokenizers import train_model
 
 import zephyr_jax as zj
-from zephyr_jax.data.text.tokenizer import SentencePieceTokenizer
 from zephyr_jax.models.parameters import param_shapes
 
 
@@ -36,12 +35,6 @@ def assert_same_tree(a: Any, b: Any) -> None:
     for path in a:
         x, y = np.asarray(a[path]), np.asarray(b[path])
         assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes()), path
-
-
-@pytest.fixture(scope="module")
-def tok() -> SentencePieceTokenizer:
-    """A SentencePiece tokenizer of 420 tokens."""
-    return SentencePieceTokenizer(train_model())
 
 
 @pytest.fixture(scope="module")
