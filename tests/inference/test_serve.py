@@ -86,14 +86,19 @@ def greedy(model):
     return zj.generate(*model, [CHAT], max_new_tokens=12)[0]
 
 
-def post(port, body, path="/v1/chat/completions"):
+@contextlib.contextmanager
+def leaving(port, body):
+    """A client that sends a request and disconnects at the end of the block."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as client:
+        client.request("POST", "/v1/chat/completions", json.dumps(body), JSON)
+        yield client
+
+
+def post(port, body):
     """Status, headers and body as text, by the bare protocol."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("POST", path, json.dumps(body), JSON)
-    response = connection.getresponse()
-    text = response.read().decode()
-    connection.close()
-    return response.status, response.headers, text
+    with leaving(port, body) as client:
+        response = client.getresponse()
+        return response.status, response.headers, response.read().decode()
 
 
 def events(text):
@@ -165,16 +170,14 @@ def test_choices_are_the_rows_of_generate(model, client, stream):
 
 def test_stop_strings_end_a_reply(client, greedy):
     stop = greedy[5:7]
-    parts = [
-        *client.chat.completions.create(model="lorn", **GREEDY, stop=["\0", stop], stream=True)
-    ]
+    settings = GREEDY | {"stop": ["\0", stop], "stream": True}
+    parts = [*client.chat.completions.create(model="lorn", **settings)]
     text = "".join(part.choices[0].delta.content or "" for part in parts)
     assert text == greedy[: greedy.index(stop)]
     assert parts[-1].choices[0].finish_reason == "stop"
 
 
-def test_completions_continue_a_text_without_the_template(model, client):
-    tok = model[2]
+def test_completions_continue_a_text_without_the_template(model, client, tok):
     texts = ["the lorn", "a"]
     ids = [[tok.bos_id, *tok.encode(text)] for text in texts]
     settings = {"temperature": 1.3, "seed": 7}
@@ -236,15 +239,6 @@ def slow(monkeypatch):
 
     monkeypatch.setattr(replies, "decode", slowly)
     return ended
-
-
-@contextlib.contextmanager
-def leaving(port, body):
-    """A client that sends a request and disconnects at the end of the block."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), JSON)
-    yield
-    connection.close()
 
 
 def until(condition):
