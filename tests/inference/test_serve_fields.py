@@ -72,8 +72,7 @@ def expected_logps(model, ids):
     return [log_softmax(row) for row in _forward(cfg, params, padded)[0, : len(ids)]]
 
 
-def test_log_probs_of_a_chat_are_the_models(model, ask):
-    _, _, tok = model
+def test_log_probs_of_a_chat_are_the_models(model, tok, ask):
     got = choice(ask(**GREEDY, logprobs=True, top_logprobs=3))
     content = got["logprobs"]["content"]
     data = b"".join(bytes(entry["bytes"]) for entry in content)
@@ -91,9 +90,8 @@ def test_log_probs_of_a_chat_are_the_models(model, ask):
     assert choice(ask(**GREEDY))["logprobs"] is None
 
 
-def test_sampled_and_changed_draws_report_the_models_own_log_probs(model, ask):
+def test_sampled_and_changed_draws_report_the_models_own_log_probs(model, tok, ask):
     """Not those of the distribution behind temperature, bias, penalties and filters."""
-    _, _, tok = model
     prompt = [tok.bos_id, *tok.encode(TEXT)]
     bias = WORDS | {"300": 9}
     changes = {"logit_bias": bias, "frequency_penalty": 1.5, "top_k": 5, "temperature": 2}
@@ -136,8 +134,7 @@ def test_an_echoed_prompt_has_log_probs_as_lm_eval_reads_them(model, ask, n_othe
             assert TEXT.startswith(text.lstrip(" " * (start == 0)), start)
 
 
-def test_echoed_tokens_have_openais_form_and_bos_only_on_request(model, ask):
-    _, _, tok = model
+def test_echoed_tokens_have_openais_form_and_bos_only_on_request(tok, ask):
     ids = [tok.bos_id, *tok.encode("語")]
     body = {"prompt": ids, "max_tokens": 0, "logprobs": 0, "echo": True}
     tokens = choice(ask("completions", **body))["logprobs"]["tokens"]
@@ -214,8 +211,7 @@ def test_penalties_and_bias_are_those_of_generate(model, ask):
     assert want != choice(ask(**GREEDY))["message"]["content"]
 
 
-def test_ends_are_those_of_the_request(model, ask):
-    _, _, tok = model
+def test_ends_are_those_of_the_request(tok, ask):
     greedy = GREEDY | {"logit_bias": WORDS}
     logprobs = choice(ask(**greedy, logprobs=True))["logprobs"]["content"]
     texts = [entry["token"] for entry in logprobs]
