@@ -125,10 +125,9 @@ def test_an_export_carries_the_files_that_came(by_bytes, tmp_path):
     write_files(tmp_path, cfg, by_bytes, "float32", {}, "x")
     written = json.loads((tmp_path / "generation_config.json").read_text())
     assert written["eos_token_id"] == [2, 0]
+    cfg = dataclasses.replace(cfg, eos_token_id=7)
     with pytest.raises(ValueError, match="bos 1 and eos 2, the model .*, 0 and 7; export"):
-        write_files(
-            tmp_path, dataclasses.replace(cfg, eos_token_id=7), by_bytes, "float32", {}, "x"
-        )
+        write_files(tmp_path, cfg, by_bytes, "float32", {}, "x")
 
 
 ADDED = ("<|im_end|>", "<|im_start|>")  # ids 420 and 421
