@@ -283,9 +283,9 @@ def _kernel(like: Array, window: int | None, interpret: bool):
     def one(q, k, v, ids, hidden=None):
         run = kernel
         if hidden is not None:
-            infos = kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info
-            infos = (info._replace(q_sequence=hidden) for info in infos)
-            run = kernels.SplashAttentionKernel(*infos, **kernel.kwargs | {"mask_function": _sees})
+            infos: Any = kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info
+            own = (info._replace(q_sequence=hidden) for info in infos)
+            run = kernels.SplashAttentionKernel(*own, **kernel.kwargs | {"mask_function": _sees})
         q = q.reshape(kv * g, t, h)
         out = cast(Array, run(q, k, v, segment_ids=kernels.SegmentIds(ids, ids)))
         return out.reshape(kv, g, t, h)
