@@ -47,7 +47,7 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
 
 def user_cache() -> Path:
     """The folder of what can be made again, which need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zephyr_jax"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "zephyr_jax"
 
 
 def read_json(
