@@ -226,3 +226,14 @@ def test_a_models_outputs_have_the_format(world, tmp_path, monkeypatch):
     monkeypatch.setattr(endpoints, "generate_each", None)  # what was sampled is not sampled again
     main(["evaluate", "alpaca-eval", *words.split()])
     assert json.loads((tmp_path / "o.json").read_text()) == rows
+
+
+@pytest.mark.parametrize("name", ["generator_1", "generator_2", "annotator"])
+def test_columns_that_may_be_absent_have_a_type(tmp_path, name):
+    path, row = tmp_path / "a.jsonl", dict.fromkeys(("instruction", "output_1", "output_2"), "x")
+    path.write_text(json.dumps(row | {"preference": 2}))
+    assert len(read_rows(path, ANNOTATION)) == 1
+    for value in (None, 3, ["x"]):
+        path.write_text(json.dumps(row | {"preference": 2, name: value}))
+        with pytest.raises(ValueError, match=f"a.jsonl:1: {name} must be of type str: "):
+            read_rows(path, ANNOTATION)
