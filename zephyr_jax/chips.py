@@ -69,19 +69,13 @@ _ASYNC = dict.fromkeys(
 # of v5p's 64 MiB a core; v4 has no more than the default of 16.
 _V5E = _ASYNC | {"xla_tpu_scoped_vmem_limit_kib": "98304"}
 # Gradients of weights whole: as a ring of 16 steps they would read the larger operand 16 times. The
-# sparse cores, which v5e lacks, add them up meanwhile; on v6e they gather weights, too.
+# sparse cores, which v5e lacks, add them up meanwhile.
 _WHOLE = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-_ADDED, _MOVED = ("all_reduce", "reduce_scatter"), ("all_gather", "all_reduce", "reduce_scatter")
-
-
-def _sparse(names: tuple[str, ...]) -> dict[str, str]:
-    fused = {f"xla_tpu_enable_async_collective_fusion_fuse_{name}": "false" for name in names}
-    offloaded = "xla_tpu_enable_sparse_core_collective_offload_"
-    return fused | {f"{offloaded}{name}": "true" for name in names}
-
-
-_V5P = _ASYNC | _WHOLE | _sparse(_ADDED) | {"xla_tpu_scoped_vmem_limit_kib": "50000"}
-_V6E = _V5E | _WHOLE | _sparse(_MOVED)
+_ADDED = ("all_reduce", "reduce_scatter")
+_WHOLE |= {f"xla_tpu_enable_async_collective_fusion_fuse_{name}": "false" for name in _ADDED}
+_WHOLE |= {f"xla_tpu_enable_sparse_core_collective_offload_{name}": "true" for name in _ADDED}
+_V5P = _ASYNC | _WHOLE | {"xla_tpu_scoped_vmem_limit_kib": "50000"}
+_V6E = _V5E | _WHOLE
 CHIPS = {
     "v3": Chip("TPU v3", 2, 61.5e12, 450e9, 15.48, 70e9, 16, 3.1e9, 0.94e9, {}, {}),
     "v4": Chip("TPU v4", 1, 275e12, 1228e9, 30.75, 45e9, 4, 6.25e9, 1.05e9, _MEGACORE, {}),
