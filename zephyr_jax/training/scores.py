@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from zephyr_jax.config.model import MistralConfig
@@ -18,6 +19,7 @@ from zephyr_jax.losses.preference import loss_of
 from zephyr_jax.losses.tokens import pair_logps, sft_loss
 from zephyr_jax.models.head import TokenScores
 from zephyr_jax.models.mistral import INFERENCE, ForwardOptions, token_scores
+from zephyr_jax.sharding import spec
 from zephyr_jax.types import Params, PreferenceBatch, Rows
 
 
@@ -113,7 +115,11 @@ def micro_batches(batch, n: int):
     """Every array `B ...` as `n B/n ...`; micro-batch i has rows i, i+n, ... and stays sharded."""
 
     def split(x: Array) -> Array:
-        return x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)
+        # JAX would leave out mesh axes of one device, which shard_map looks for.
+        rows, *rest = jax.typeof(x).sharding.spec
+        sharding = PartitionSpec(rows, None, *rest) if spec("") is not None else None
+        shape = (x.shape[0] // n, n, *x.shape[1:])
+        return jnp.reshape(x, shape, out_sharding=sharding).swapaxes(0, 1)
 
     return jax.tree.map(split, batch)
 
