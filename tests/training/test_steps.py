@@ -232,10 +232,11 @@ def test_padding_tokens_may_be_any_id(sft_grads):  # pitfalls 3, 38
     assert_near(sft_grads(eos), sft_grads(rows), 0)
 
 
-def test_micro_batches_keep_rows_on_their_devices():
+@pytest.mark.parametrize("mesh", [(2, 2, 1), (4, 1, 1), (1, 4, 1)])
+def test_micro_batches_keep_rows_on_their_devices(mesh):
     rows = jnp.arange(16).reshape(8, 2)
     np.testing.assert_array_equal(micro_batches(rows, 2)[0], rows[0::2])
-    with jax.set_mesh(device_mesh(2, 2, 1)):
+    with jax.set_mesh(device_mesh(*mesh)):
         placed = jax.device_put(rows, named_sharding(spec("BT")))
         got = jax.jit(lambda x: micro_batches(x, 2))(placed)
         assert jax.typeof(got).sharding.spec == jax.P(None, ("data", "fsdp"), None)
