@@ -47,7 +47,7 @@ def test_splash_equals_float64(window, group):
 
 @pytest.mark.slow
 def test_splash_of_long_rows_equals_float64(monkeypatch):
-    monkeypatch.setattr(module, "_LAST", 127)  # two calls
+    monkeypatch.setattr(module, "ONE_CALL", 128)
     check_rows("splash", cases.pairs_and_padding(150), None)
 
 
@@ -173,7 +173,7 @@ def test_steps_run_the_kernel_once(cfg, params, batch, monkeypatch):
     assert calls(run_of("demo_sft", cfg, "splash"), batch.rows) == 1
     assert calls(run_of("demo_dpo", cfg, "splash"), batch) == 1
     assert calls(run_of("demo_dpo", cfg, "auto"), batch) == 0
-    monkeypatch.setattr(module, "_LAST", 31)  # and twice for pairs in longer rows
+    monkeypatch.setattr(module, "ONE_CALL", 32)  # and twice for pairs in longer rows
     assert calls(run_of("demo_dpo", cfg, "splash"), batch) == 2
 
 

@@ -33,7 +33,8 @@ LANES = 128  # splash takes rows of a multiple of these
 BLOCKS = (1024, 512, 256, LANES)
 # Of a token in a row with branches: three numbers are packed in the 32 that splash has for a query.
 _INDEX_BITS = 11
-_LAST = (1 << _INDEX_BITS) - 1
+ONE_CALL = 1 << _INDEX_BITS  # tokens of the longest row with branches that splash runs over once
+_LAST = ONE_CALL - 1
 _LARGEST = {"TPU v5": 1024, "TPU v6 lite": 1024, "TPU7x": 1024}  # by kind; else 512
 
 
@@ -202,7 +203,7 @@ def _splash(window: int | None, interpret: bool, q: Array, k: Array, v: Array, t
     if tokens.branches is None:
         return kernel(q, k, v, segments)[..., :t, :]
     branches = _filled(tokens.branches, -1)
-    if window is None and q.shape[-2] <= _LAST + 1:
+    if window is None and q.shape[-2] <= ONE_CALL:
         return kernel(q, k, v, segments, _hidden(segments, branches))[..., :t, :]
 
     def without(hidden: int) -> Array:

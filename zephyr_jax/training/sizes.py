@@ -11,6 +11,7 @@ from absl import logging
 
 from zephyr_jax.chips import chip_of
 from zephyr_jax.config.run import MeshConfig, RunConfig
+from zephyr_jax.models.attention import ONE_CALL
 from zephyr_jax.models.parameters import count_params
 
 # What the backward pass finds, from most to nothing; each step down frees memory (docs/speed.md).
@@ -118,7 +119,9 @@ def estimated_gib(config: RunConfig, rows: int) -> float:
     queries = model.num_attention_heads * model.head_dim
     keys = model.num_key_value_heads * model.head_dim
     widths = {"q": queries, "k": keys, "v": keys, "o": model.hidden_size}
-    widths["attention"] = queries * (2 if config.dpo and config.data.seq_len > 2048 else 1)
+    once = min(ONE_CALL, model.sliding_window or ONE_CALL)
+    branched = config.dpo is not None and config.data.seq_len > once
+    widths["attention"] = 2 * queries if branched else queries  # one for each branch
     widths |= {"gate": model.intermediate_size, "up": model.intermediate_size, "down": widths["o"]}
     width = model.hidden_size + sum(widths[name] for name in kept) / mesh.tensor
     held = -(-rows // (mesh.data * mesh.fsdp * train.micro_batches))
