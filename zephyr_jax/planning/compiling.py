@@ -178,13 +178,8 @@ def lower(case: Case) -> tuple[Any, dict[str, str], dict[str, int]]:
         step, _ = steps.jitted_steps(config, optimizer)
         lowered = step.trace(state, batch, base).lower(lowering_platforms=("tpu",))
         options = compiler_options(config.train.compiler_options)
-    parts = {
-        "parameters": state.params,
-        "moments": state.opt_state,
-        "frozen base": base,
-        "synced reference": state.reference,
-        "batch": batch,
-    }
+    parts = {"parameters": state.params, "moments": state.opt_state, "frozen base": base}
+    parts |= {"synced reference": state.reference, "batch": batch}
     sizes = {name: bytes_of(tree) for name, tree in parts.items() if tree is not None}
     return lowered, options, sizes
 

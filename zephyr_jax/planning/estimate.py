@@ -118,13 +118,9 @@ def timed(
     kernels = flops / (KERNEL_SHARE * chip.peak_flops)
     for one in transfers:
         took[one.hidden] += _transfer_seconds(one, topology)
-    seconds = {
-        "step": max(compute + kernels, took[True]) + took[False],
-        "compute": compute,
-        "kernels": kernels,
-        "hidden_transfers": took[True],
-        "exposed_transfers": took[False],
-    }
+    hidden, exposed = took[True], took[False]
+    seconds = {"step": max(compute + kernels, hidden) + exposed, "compute": compute}
+    seconds |= {"kernels": kernels, "hidden_transfers": hidden, "exposed_transfers": exposed}
     return seconds, transfers
 
 
@@ -216,9 +212,7 @@ def find_collectives(
         starts_async = any(_ASYNC_START in one.attributes for one in body)
         for one in body:
             kind = one.opcode.removesuffix("-start")
-            if kind not in _KINDS:
-                continue
-            group = _group(one, mesh)
+            group = _group(one, mesh) if kind in _KINDS else []
             if len(group) < 2:
                 continue
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
@@ -230,8 +224,7 @@ def find_collectives(
             repeated = one.opcode.endswith("-start") or kind == "collective-permute"
             size = max(arrays) if repeated else sum(arrays)
             positions = np.transpose(np.unravel_index(group, tuple(mesh.values())))
-            moving = (positions != positions[0]).any(axis=0)
-            axis = "+".join(itertools.compress(mesh, moving))
+            axis = "+".join(itertools.compress(mesh, (positions != positions[0]).any(axis=0)))
             collective = Collective(kind, axis, len(group), size, times[name], hidden, one.origin)
             channel = one.attribute(_CHANNEL) or f"{name}/{one.name}"
             before = by_channel.get(channel)

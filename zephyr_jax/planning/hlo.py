@@ -164,9 +164,7 @@ def count(program: Program, rounds: dict[str, int]) -> Counts:
 def trips(program: Program, owner: str, loop: Instruction) -> int | None:
     """The rounds of a while loop that counts to a constant; None if it does not."""
     names = (owner, str(loop.attribute(_BODY)), str(loop.attribute(_CONDITION)))
-    before, body, condition = (
-        {one.name: one for one in program.computations[name]} for name in names
-    )
+    before, body, condition = ({x.name: x for x in program.computations[name]} for name in names)
     result, test = (next(one for one in x.values() if one.root) for x in (body, condition))
     forms = result.opcode, test.opcode, test.attribute(r"direction=(\w+)")
     if forms != ("tuple", "compare", "LT"):

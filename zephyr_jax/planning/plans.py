@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import itertools
 import math
 import multiprocessing
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -55,8 +55,7 @@ def make_plans(
             except ValueError as error:
                 plans[-1]["refused"] = str(error)
     spawn = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(options.processes, spawn, max_tasks_per_child=1)
-    with pool:
+    with ProcessPoolExecutor(options.processes, spawn, max_tasks_per_child=1) as pool:
         done = pool.map(plan_of, cases.values(), itertools.repeat(options))
         bar = tqdm(done, total=len(cases), desc="compile", unit="program")
         for i, plan in zip(cases, bar, strict=True):
@@ -70,30 +69,21 @@ def plan_of(case: Case, options: PlanOptions) -> dict[str, Any]:
     held = memory(case, done)
     if options.auto and not held["fits"] and (less := smaller(case, options.rows)):
         return plan_of(less, options)
-    plan: dict[str, Any] = {
-        "config": case.config.name,
-        "topology": case.topology.name,
-        "chips": case.topology.chips,
-        "devices": case.topology.devices,
-        "mesh": case.config.mesh.axes,
-        "rows": case.rows,
-        "micro_batches": case.config.train.micro_batches,
-        "remat": case.config.train.remat,
-        "compiler_options": done.options,
-        **held,
-        "compile_seconds": done.seconds,
-    }
+    config, topology, train = case.config, case.topology, case.config.train
+    plan: dict[str, Any] = {"config": config.name, "topology": topology.name}
+    plan |= {"chips": topology.chips, "devices": topology.devices, "mesh": config.mesh.axes}
+    plan |= {"rows": case.rows, "micro_batches": train.micro_batches, "remat": train.remat}
+    plan |= {"compiler_options": done.options, **held, "compile_seconds": done.seconds}
     if done.text:
         plan |= estimate(case, done)
     if not plan["fits"]:
         plan["advice"] = [_advice(case, plan)]
     elif options.auto:
-        train = case.config.train
         words = f"--config.train.micro_batches={train.micro_batches} --config.train.remat="
         plan["advice"] = [f'{words}"{train.remat}"']
-    if done.text and (steps := step_count(case.config, options.examples)):
+    if done.text and (steps := step_count(config, options.examples)):
         hours = steps * plan["seconds"]["step"] / 3600
-        plan |= {"steps": steps, "hours": hours, "chip_hours": hours * case.topology.chips}
+        plan |= {"steps": steps, "hours": hours, "chip_hours": hours * topology.chips}
     return plan
 
 
@@ -215,18 +205,12 @@ def sample_plan(
     held = {"parameters": bytes_of(params), "cache": bytes_of((state.cache.k, state.cache.v))}
     done = [compiling.report(one, {}, held, topology, mesh) for one in lowered]
     needed = max(one.wanted or one.peak / 2**30 for one in done)
-    plan = {
-        "config": config.name,
-        "topology": topology.name,
-        "chips": topology.chips,
-        "mesh": mesh.axes,
-        "rows": rows,
-        "prompt_tokens": prompt,
-        "new_tokens": lengths[1],
-        "fits": all(one.text for one in done),
-        "gib": {"needed": needed, "usable": chip.usable_gib},
-        "gib_by_kind": {kind: size / 2**30 for kind, size in held.items()},
-    }
+    plan: dict[str, Any] = {"config": config.name, "topology": topology.name}
+    plan |= {"chips": topology.chips, "mesh": mesh.axes, "rows": rows}
+    plan |= {"prompt_tokens": prompt, "new_tokens": lengths[1]}
+    plan |= {"fits": all(one.text for one in done)}
+    plan |= {"gib": {"needed": needed, "usable": chip.usable_gib}}
+    plan |= {"gib_by_kind": {kind: size / 2**30 for kind, size in held.items()}}
     if not plan["fits"]:
         return plan
     prefill = _program_seconds(done[0], topology, mesh, -(-prompt // CHUNK))
@@ -236,14 +220,9 @@ def sample_plan(
     token = max(bound, _program_seconds(done[1], topology, mesh, size[2]) / size[2])
     batch, replies = prefill + token * lengths[1], replies or _REPLIES
     hours = -(-replies // rows) * batch / 3600
-    return plan | {
-        "seconds": {"prefill": prefill, "token": token, "bound": bound},
-        "bytes_a_token": read,
-        "tokens_per_second": rows * lengths[1] / batch,
-        "replies": replies,
-        "hours": hours,
-        "chip_hours": hours * topology.chips,
-    }
+    plan |= {"seconds": {"prefill": prefill, "token": token, "bound": bound}}
+    plan |= {"bytes_a_token": read, "tokens_per_second": rows * lengths[1] / batch}
+    return plan | {"replies": replies, "hours": hours, "chip_hours": hours * topology.chips}
 
 
 def _program_seconds(done: Compiled, topology: Topology, mesh: MeshConfig, rounds: int) -> float:
