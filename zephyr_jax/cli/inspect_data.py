@@ -94,8 +94,7 @@ def _set(args: argparse.Namespace) -> _View:
         data.add_prepared_set(page, report)
 
     title = Card(f"{split}, record {at} of {len(records)}")
-    groups = [Group([title]), *record_cards(records[at], tok)]
-    return f"{args.path}, {split}", groups, add_numbers
+    return f"{args.path}, {split}", [Group([title]), *record_cards(records[at], tok)], add_numbers
 
 
 def _row(text: str, count: int, split: str) -> int:

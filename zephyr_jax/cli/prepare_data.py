@@ -97,13 +97,8 @@ def plan_of(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--ngram={args.ngram} has no effect without --decontaminate")
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Selection)}
     fields |= {"rows": rows, "decontaminate": tuple(args.decontaminate)}
-    return {
-        "dataset": args.dataset,
-        "source": args.source,
-        "config_name": args.config_name,
-        "rules": _rules(args),
-        "selection": Selection(**fields),
-    }
+    named = {name: getattr(args, name) for name in ("dataset", "source", "config_name")}
+    return named | {"rules": _rules(args), "selection": Selection(**fields)}
 
 
 def _rules(args: argparse.Namespace) -> CleaningRules | BinarizationRules:

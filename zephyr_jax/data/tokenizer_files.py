@@ -79,8 +79,7 @@ class Vocabulary(NamedTuple):
     def of_model(cls, model_bytes: bytes) -> Vocabulary:
         """The entries in the bytes of a tokenizer.model."""
         pieces = ModelProto.FromString(model_bytes).pieces
-        columns = zip(*((p.piece, p.type, p.score) for p in pieces), strict=True)
-        return cls(*map(list, columns))
+        return cls(*map(list, zip(*((p.piece, p.type, p.score) for p in pieces), strict=True)))
 
     def of_type(self, *types: int) -> dict[str, int]:
         """Text -> id of the entries of these types."""
@@ -126,6 +125,10 @@ def tokenizer_json(
         for text, i in vocabulary.of_type(*SPECIAL, USER_DEFINED).items()
     }
     tokens |= {token["content"]: dict(token) for token in added}
+    blank = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    model = {"type": "BPE", "unk_token": next(iter(vocabulary.of_type(UNKNOWN)), None)}
+    model |= {"fuse_unk": True, "byte_fallback": True}
     return {
         "version": "1.0",
         "added_tokens": sorted(tokens.values(), key=lambda token: token["id"]),
@@ -133,21 +136,9 @@ def tokenizer_json(
         "post_processor": surround(begin, ids),
         "decoder": {
             "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
+            "decoders": [blank, {"type": "ByteFallback"}, {"type": "Fuse"}, strip],
         },
-        "model": {
-            "type": "BPE",
-            "unk_token": next(iter(vocabulary.of_type(UNKNOWN)), None),
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": ids,
-            "merges": vocabulary.merges(),
-        },
+        "model": model | {"vocab": ids, "merges": vocabulary.merges()},
     }
 
 

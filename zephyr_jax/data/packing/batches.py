@@ -80,8 +80,7 @@ def read_batches(
     iterator, ids = iter(dataset.to_iter_dataset(options)), packed.pair_ids(split)
     try:
         for rows, arrays in zip(indices, iterator, strict=True):
-            pair_ids = np.where(rows[:, None] < 0, 0, ids[rows])
-            yield HostBatch(Rows(*arrays), pair_ids, rows, held)
+            yield HostBatch(Rows(*arrays), np.where(rows[:, None] < 0, 0, ids[rows]), rows, held)
     finally:
         iterator.close()  # ends the reading threads
 

@@ -164,10 +164,9 @@ def _pack(config: RunConfig, tok: Tokenizer, folder: Path) -> dict[str, Any]:
     for split, name in zip(("train", "eval"), filter(None, data.splits), strict=False):
         records, times, training = [], [], split == "train"
         for member in sets:
-            n_records = len(prepare.read_split(str(member.folder), name))
-            taken = np.ones(n_records, np.int64)
-            if training:
-                taken = member.times_taken(n_records, config.seed)
+            count = len(prepare.read_split(str(member.folder), name))
+            once = np.ones(count, np.int64)
+            taken = member.times_taken(count, config.seed) if training else once
             records.append((str(member.folder), name, np.flatnonzero(taken)))
             times.append(taken[taken > 0])
         tokenized[split] = documents.tokenize(folder / "work" / split, tok, rendering, records)

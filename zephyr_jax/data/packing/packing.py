@@ -156,8 +156,7 @@ def stream_row(documents: Sequence[Document], skip: int, seq_len: int) -> np.nda
 def row_arrays(rows: np.ndarray) -> tuple[np.ndarray, ...]:
     """The five arrays of `Rows`, `R T`, of rows as stored: four int32, then the bool loss mask."""
     names = ("tokens", "segments", "positions", "branches")
-    arrays = [rows[name].astype(np.int32) for name in names]
-    return *arrays, np.ascontiguousarray(rows["loss_mask"])
+    return *(rows[name].astype(np.int32) for name in names), np.ascontiguousarray(rows["loss_mask"])
 
 
 def cut_stream(

@@ -165,8 +165,7 @@ def select(plan: Plan, result: Converted) -> None:
         unused = index["sample"] >= np.uint64(int(selection.sample * 2.0**64))
         fates[(fates == OPEN) & unused] = SAMPLED_OUT
     held_out = index["holdout"] < np.uint64(int(selection.fraction_held_out * 2.0**64))
-    split = np.where(home == OPEN, held_out.astype(np.int8), home)
-    fates[fates == OPEN] = split[fates == OPEN]
+    fates[fates == OPEN] = np.where(home == OPEN, held_out.astype(np.int8), home)[fates == OPEN]
 
 
 def _drop_repeated(index: np.ndarray, reason: int, left: np.ndarray, kept: np.ndarray) -> None:
@@ -186,8 +185,7 @@ def _select_sizes(rows: tuple[int, int], index: np.ndarray) -> None:
         prompts = index["prompt"][left]
         order = np.lexsort((left, prompts, index[purpose][left]))
         left, prompts = left[order], prompts[order]
-        starts = np.flatnonzero(prompts[1:] != prompts[:-1]) + 1
-        for records in np.split(left, starts):
+        for records in np.split(left, np.flatnonzero(prompts[1:] != prompts[:-1]) + 1):
             if len(records) <= wanted:
                 fates[records] = split
                 wanted -= len(records)
@@ -229,6 +227,9 @@ def make_report(
                 before.append(f"as {place(plan, index[original])}: {window(prompt_of(original))}")
             example = {"where": place(plan, index[record]), "before": before, "after": None}
             result.examples.setdefault(reason, []).append(example)
+    # `dropped`: by a rule about one row
+    rows = {"read": read, "bad": result.bad.total(), "dropped": result.dropped}
+    rows |= {"records": len(fates), "kept": kept}
     feedback, path = {}, plan.sources.files[0].path.with_name("account.json")
     if plan.dataset == "ultrafeedback" and path.is_file():  # of the round that wrote the rows
         names = ("name", "rows", "prompts", "answers", "judgements", "agreement")
@@ -241,13 +242,7 @@ def make_report(
         **feedback,
         "origin": plan.sources.origin,
         "splits_by": "file names" if plan.sources.files[0].split else "prompt_id",
-        "rows": {
-            "read": read,
-            "bad": result.bad.total(),
-            "dropped": result.dropped,  # by a rule about one row
-            "records": len(fates),
-            "kept": kept,
-        },
+        "rows": rows,
         "read_by_source": dict(sorted(result.read.items())),
         "skipped": dict(plan.sources.skipped),
         "rules": dict(rules.most_common()),

@@ -120,14 +120,9 @@ class Plan:
             "near_threshold": filters.SIMILARITY,
             "decontaminate": {file.name: file.sha256 for file in contaminants},
         }
-        identity: dict[str, Any] = {
-            "dataset": self.dataset,
-            "config_name": self.config_name,
-            "version": VERSION,
-            "selection": selection,
-            "rules": dict(self.schema.rules),
-            "sources": {source.name: source.sha256 for source in self.sources.files},
-        }
+        identity: dict[str, Any] = {"dataset": self.dataset, "config_name": self.config_name}
+        identity |= {"version": VERSION, "selection": selection, "rules": dict(self.schema.rules)}
+        identity["sources"] = {source.name: source.sha256 for source in self.sources.files}
         if splits := {file.name: file.split for file in self.sources.files if file.split}:
             identity["splits"] = splits
         if self.selection.duplicates == "near":

@@ -92,11 +92,8 @@ def convert(row: Row, rules: CleaningRules) -> Records:
         return [], Counter(label_false=1)
     start = 1 if turns and turns[0]["role"] == "system" else 0
     system, body = turns[:start], turns[start:]
-    if (
-        "conversations" in schema.first_columns(row, SHAPES)
-        and body
-        and body[0]["role"] == "assistant"
-    ):
+    is_sharegpt = "conversations" in schema.first_columns(row, SHAPES)
+    if is_sharegpt and body and body[0]["role"] == "assistant":
         body = body[1:]
         counts["leading_answer"] += 1
     if body and body[-1]["role"] == "user":
@@ -116,8 +113,7 @@ def convert_labeled(row: Row, rules: BinarizationRules) -> Records:
     """The labeled answer of a row, none if a rule dropped it, and the rules that applied."""
     label = schema.truth(_label(row))
     if label is None:
-        shown = schema.window(str(_label(row)), width=20)
-        raise BadRow(f"not_true_or_false:label={shown}")
+        raise BadRow(f"not_true_or_false:label={schema.window(str(_label(row)), width=20)}")
     turns, remarked = _checked(row, labeled=True)
     counts = source_counts(row, rules)
     if counts["source_dropped"]:
@@ -126,13 +122,8 @@ def convert_labeled(row: Row, rules: BinarizationRules) -> Records:
         return [], counts + remarked
     turns = schema.plain(turns)
     prompt, prompt_id = schema.named_prompt(turns[:-1])
-    record = {
-        "prompt": prompt,
-        "prompt_id": row.get("prompt_id") or prompt_id,
-        "messages": turns,
-        "label": label,
-        "source": row.get("source") or "",
-    }
+    record = {"prompt": prompt, "prompt_id": row.get("prompt_id") or prompt_id, "messages": turns}
+    record |= {"label": label, "source": row.get("source") or ""}
     return [record], counts + remarked + Counter(["desirable" if label else "undesirable"])
 
 

@@ -73,8 +73,7 @@ def convert(row: Row, rules: BinarizationRules, scored: bool = False) -> Records
     counts = binarize.source_counts(row, rules) + Counter(remarks.keys())
     if counts["source_dropped"] or any(map(schema.is_dropping, counts)):
         return [], counts
-    names = schema.first_columns(row, _SCORES)
-    scores = [finite(row.get(name)) for name in names]
+    scores = [finite(row.get(name)) for name in schema.first_columns(row, _SCORES)]
     filled = [0.0 if None in scores else score for score in scores]
     pair, rule = _pair(row, dialogues, text, filled)
     if rule is None and None in scores and scored:

@@ -107,8 +107,7 @@ def named_prompt(turns: Sequence[Turn], text: str | None = None) -> tuple[str, s
 
 def keyed_hash(purpose: str, seed: int, key: str) -> int:
     """An integer below 2^64 that depends on the purpose, the seed and the key alone."""
-    digest = hashlib.sha256(f"{purpose}/{seed}/{key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big")
+    return int.from_bytes(hashlib.sha256(f"{purpose}/{seed}/{key}".encode()).digest()[:8], "big")
 
 
 def window(text: str, at: int = 0, width: int = 80) -> str:
@@ -217,8 +216,7 @@ class Reader:
     def _read(self, turn: Any, place: str, is_context: bool) -> Turn:
         if not isinstance(turn, dict):
             raise BadRow(f"wrong_type:{place}")
-        old = turn.get("from") is not None
-        role, content = ("from", "value") if old else ("role", "content")
+        role, content = ("from", "value") if turn.get("from") is not None else ("role", "content")
         if role not in turn:
             keys = window(",".join(sorted(turn)), width=60)
             raise BadRow(f"unknown_keys:{place}{{{keys}}}")

@@ -119,8 +119,7 @@ class _WordIds(dict[str, tuple[int, ...]]):
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    longest_first = sorted(texts, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+    return re.compile(f"({'|'.join(map(re.escape, sorted(texts, key=len, reverse=True)))})")
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:
@@ -154,8 +153,8 @@ class SentencePieceTokenizer(Tokenizer):
                 )
             sp = self._sp
             self.digest = hashlib.sha256(model_bytes).hexdigest()
-            self.bos_id, self.eos_id, self.unk_id = sp.bos_id(), sp.eos_id(), sp.unk_id()
-            self.pad_id = self.unk_id
+            self.bos_id, self.eos_id = sp.bos_id(), sp.eos_id()
+            self.unk_id = self.pad_id = sp.unk_id()
             self.vocab_size = sp.get_piece_size()
             symbols = self.vocabulary.of_type(tokenizer_files.USER_DEFINED)
             self.specials = self.vocabulary.of_type(*tokenizer_files.SPECIAL)
