@@ -278,8 +278,7 @@ def save_model(model: Model, folder: str | Path) -> None:
     with storage.atomic_path(Path(folder).absolute()) as temporary:
         (temporary / FOLDER / "0" / "meta").mkdir(parents=True)
         step = _for_orbax(epath.Path(temporary)) / FOLDER / "0"
-        gigabytes = (largest + CHUNK_BYTES) / 1e9
-        with ocp.StandardCheckpointer(save_concurrent_gb=gigabytes) as writer:
+        with ocp.StandardCheckpointer(save_concurrent_gb=(largest + CHUNK_BYTES) / 1e9) as writer:
             writer.save(step / "params", model.params, save_args=_chunked(model.params))
         meta = {"model": model.cfg.__dict__, "step": 0, **model.lineage, "sealed": True}
         meta["tokenizer"] = model.tokenizer.digest

@@ -201,17 +201,11 @@ def check_tokenizer(cfg: MistralConfig, tok: Tokenizer) -> None:
 
 def config_json(cfg: MistralConfig, dtype: str) -> dict[str, Any]:
     """The content of config.json, dtype and RoPE in the keys of both transformers 4 and 5."""
-    return {
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
-        "hidden_act": "silu",
-        "attention_dropout": 0.0,
-        "use_cache": True,
-        **dataclasses.asdict(cfg),
-        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
-        "dtype": dtype,
-        "torch_dtype": dtype,
-    }
+    kind: dict[str, Any] = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    kind |= {"hidden_act": "silu", "attention_dropout": 0.0, "use_cache": True}
+    rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
+    fields = {**dataclasses.asdict(cfg), "rope_parameters": rope}
+    return kind | fields | {"dtype": dtype, "torch_dtype": dtype}
 
 
 def _tokenizer_config(cfg: MistralConfig, tok: SentencePieceTokenizer) -> dict[str, Any]:

@@ -96,12 +96,9 @@ def export_hf(
     if jax.process_index() > 0:  # every process takes part in gathering, one writes
         collections.deque(tensors, maxlen=0)
         return Path(folder)
-    needed = count_params(cfg) * jnp.dtype(dtype).itemsize
-    with new_export(folder, overwrite, needed) as temporary:
+    with new_export(folder, overwrite, count_params(cfg) * jnp.dtype(dtype).itemsize) as temporary:
         write_files(temporary, cfg, tok, dtype, card or {}, Path(folder).name)
-        safetensors.write_safetensors(
-            temporary, layout.shapes, dtype, tensors, max_shard_bytes=max_shard_bytes
-        )
+        safetensors.write_safetensors(temporary, layout.shapes, dtype, tensors, max_shard_bytes)
     return Path(folder)
 
 

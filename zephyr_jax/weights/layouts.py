@@ -234,15 +234,10 @@ def _read_layer(
 
 def check_tensors(expected: Shapes, actual: Shapes, where: str) -> None:
     """Raises a ValueError, beginning with `where`, that names the tensors that do not fit."""
-    problems = {
-        "missing": sorted(expected.keys() - actual.keys()),
-        "extra": sorted(actual.keys() - expected.keys()),
-        "shapes": [
-            f"{name} {actual[name]} instead of {expected[name]}"
-            for name in sorted(expected.keys() & actual.keys())
-            if expected[name] != actual[name]
-        ],
-    }
+    both = sorted(expected.keys() & actual.keys())
+    odd = [f"{x} {actual[x]} instead of {expected[x]}" for x in both if expected[x] != actual[x]]
+    missing, extra = expected.keys() - actual.keys(), actual.keys() - expected.keys()
+    problems = {"missing": sorted(missing), "extra": sorted(extra), "shapes": odd}
     lines = []
     for what, names in problems.items():
         if names:

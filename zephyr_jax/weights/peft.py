@@ -195,18 +195,11 @@ def _config(lora: LoraConfig, base_name: str) -> dict[str, Any]:
     name, revision = base_name, None
     if "@" in base_name and not Path(base_name).exists():
         name, revision = base_name.split("@", 1)
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": name,
-        "revision": revision,
-        "inference_mode": True,
-        "r": lora.rank,
-        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": [f"{name}_proj" for name in lora.targets],
-        "bias": "none",
-    }
+    alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
+    config: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
+    config |= {"base_model_name_or_path": name, "revision": revision, "inference_mode": True}
+    config |= {"r": lora.rank, "lora_alpha": alpha, "lora_dropout": lora.dropout}
+    return config | {"target_modules": [f"{x}_proj" for x in lora.targets], "bias": "none"}
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -59,7 +59,6 @@ def write_safetensors(
     shapes: Shapes,
     dtype: str,
     tensors: Iterable[tuple[str, Shaped[np.ndarray, "*shape"]]],
-    *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes tensors, in the order of `shapes`, as one file, or as shards and then their index."""
@@ -68,13 +67,10 @@ def write_safetensors(
         write_file(folder / file, {name: shapes[name] for name in names}, dtype, source)
     if len(shards) == 1:
         return
-    index = {
-        "metadata": {
-            "total_size": sum(_nbytes(shape, dtype) for shape in shapes.values()),
-            "total_parameters": sum(math.prod(shape) for shape in shapes.values()),
-        },
-        "weight_map": {name: file for file, names in shards.items() for name in names},
-    }
+    sizes = {"total_size": sum(_nbytes(shape, dtype) for shape in shapes.values())}
+    sizes["total_parameters"] = sum(math.prod(shape) for shape in shapes.values())
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    index = {"metadata": sizes, "weight_map": weight_map}
     write_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
@@ -90,8 +86,7 @@ def write_file(
     end = 0
     for name, shape in shapes.items():
         start, end = end, end + _nbytes(shape, dtype)
-        place = {"shape": list(shape), "data_offsets": [start, end]}
-        header[name] = {"dtype": DTYPES[dtype], **place}
+        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors are aligned, so that files can be mapped
 
