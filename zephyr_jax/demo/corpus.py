@@ -115,8 +115,7 @@ def _replies(task: world.Task, rng: random.Random) -> list[str]:
     """Four replies, best first: answer last; answer first, twice; a wrong one in either order."""
     extra, other = rng.sample(range(len(task.extras)), 2)
     first, second, answer = task.extras[extra], task.extras[other], task.answer
-    wrong, wrong_extras = task.wrong
-    last = [wrong, wrong_extras[extra]]
+    last = [task.wrong[0], task.wrong[1][extra]]
     rng.shuffle(last)
     return [f"{first} {answer}", f"{answer} {first}", f"{answer} {second}", " ".join(last)]
 
@@ -152,15 +151,11 @@ def _feedback(task: world.Task, instruction: str, rng: random.Random) -> dict[st
         completions[1]["overall_score"] = completions[0]["overall_score"]
     rng.shuffle(completions)
     source = rng.choices(_SOURCES, _SOURCE_WEIGHTS)[0]
-    truthful = source == "truthful_qa"
-    return {
-        "source": source,
-        "instruction": instruction,
-        "models": [completion["model"] for completion in completions],
-        "correct_answers": [task.answer] if truthful else ["None"],
-        "incorrect_answers": [task.wrong[0]] if truthful else ["None"],
-        "completions": completions,
-    }
+    right, wrong = (task.answer, task.wrong[0]) if source == "truthful_qa" else ("None", "None")
+    row: dict[str, Any] = {"source": source, "instruction": instruction}
+    row |= {"models": [completion["model"] for completion in completions]}
+    row |= {"correct_answers": [right], "incorrect_answers": [wrong]}
+    return row | {"completions": completions}
 
 
 def write_ultrafeedback(folder: str | os.PathLike[str], n: int, seed: int) -> None:

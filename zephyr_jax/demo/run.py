@@ -102,8 +102,7 @@ def run(args: argparse.Namespace) -> None:
         finally:
             seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - start, 2)
             write_checked(root / "timing.json", seconds)
-    page = write_demo_report(root)
-    sys.stdout.write(_summary(read_json(root / "results.json"), page))
+    sys.stdout.write(_summary(read_json(root / "results.json"), write_demo_report(root)))
 
 
 def _config(stage: str, root: Path, short: bool, seed: int) -> RunConfig:
@@ -167,15 +166,11 @@ def _judge(root: Path, config: RunConfig) -> dict[str, Any]:
         for question, reply in zip(questions, replies, strict=True):
             question[name] = reply
     evals = Run(root / "dpo").evals
-    return {
-        "exact": _shares(questions, "chosen", "rejected"),
-        "forms": {form: _shares(questions, form) for form in _FORMS},
-        "preference_accuracy": {
-            "sft_log_likelihood": evals[0]["eval_logps/accuracies"],
-            "dpo_implicit_reward": evals[-1]["eval_rewards/accuracies"],
-        },
-        "questions": questions,
-    }
+    accuracy = {"sft_log_likelihood": evals[0]["eval_logps/accuracies"]}
+    accuracy["dpo_implicit_reward"] = evals[-1]["eval_rewards/accuracies"]
+    exact = _shares(questions, "chosen", "rejected")
+    forms = {form: _shares(questions, form) for form in _FORMS}
+    return {"exact": exact, "forms": forms, "preference_accuracy": accuracy, "questions": questions}
 
 
 def _form(question: Mapping[str, Any], name: str) -> str:

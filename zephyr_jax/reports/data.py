@@ -181,13 +181,9 @@ def record_numbers(record: Row, tok: Tokenizer | None) -> dict[str, float]:
     else:
         parts = map(_text, (context, *answers))
     prompt, chosen, rejected = map(len, parts)
-    return {
-        "length": prompt + max(chosen, rejected),  # of the longer dialogue
-        "prompt": prompt,
-        "chosen": chosen,
-        "rejected": rejected,
-        "score margin": record["score_chosen"] - record["score_rejected"],
-    }
+    margin, longer = record["score_chosen"] - record["score_rejected"], max(chosen, rejected)
+    numbers: dict[str, float] = {"length": prompt + longer, "prompt": prompt, "chosen": chosen}
+    return numbers | {"rejected": rejected, "score margin": margin}
 
 
 def _text(messages: Sequence[Mapping[str, Any]]) -> str:

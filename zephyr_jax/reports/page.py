@@ -94,8 +94,7 @@ class Page:
         total: bool = False,
     ) -> None:
         """A table; columns from `numeric` on are aligned as numbers, `total` marks a sum below."""
-        content = {"rows": rows, "numeric": numeric, "caption": caption, "total": total}
-        self._add("table", head=head, **content)
+        self._add("table", head=head, rows=rows, numeric=numeric, caption=caption, total=total)
 
     def figures(self, plots: Sequence[Plot | Histogram]) -> None:
         """Plots with their titles and captions, side by side where there is room."""

@@ -264,8 +264,7 @@ def _add_benchmarks(page: Page, run: Run) -> None:
 def _add_configuration(page: Page, run: Run) -> None:
     own, name = flatten_dict(run.config, sep="."), run.config["name"]
     try:
-        stored = json.loads(json.dumps(load_config(name).to_dict()))
-        recipe = flatten_dict(stored, sep=".")
+        recipe = flatten_dict(json.loads(json.dumps(load_config(name).to_dict())), sep=".")
     except FileNotFoundError:
         page.text(f"No recipe named {name} ships with zephyr_jax {__version__}.", "missing")
     else:

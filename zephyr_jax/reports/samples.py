@@ -43,8 +43,7 @@ def write_samples(config: RunConfig, workdir: str | os.PathLike[str], n: int) ->
         f"The held-out records are in {data}, not on this machine.": is_remote(data),
     }
     reason = next((text for text, holds in reasons.items() if holds), "")
-    samples = {"reason": reason} if reason else _samples(config, root, n, steps)
-    write_checked(root / FILE, samples)
+    write_checked(root / FILE, {"reason": reason} if reason else _samples(config, root, n, steps))
 
 
 def _samples(config: RunConfig, root: epath.Path, n: int, steps: list[int]) -> dict[str, Any]:
