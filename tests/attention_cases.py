@@ -48,15 +48,9 @@ def packed(rows: list[list[list[tuple[int, int]]]], t: int) -> Case:
 
 def pairs_and_padding(t: int) -> Case:
     """Pairs behind other documents, a row that one document fills, and one of padding alone."""
-    return packed(
-        [
-            [dialogue(t // 5), pair(t // 4, t // 8, t // 5)],
-            [pair(t // 4, t // 8, t // 9), pair(0, 3, 2), pair(t // 6, 1, t // 7)],
-            [],
-            [pair(t - 2 * (t // 3), t // 3, t // 3)],
-        ],
-        t,
-    )
+    mixed = [dialogue(t // 5), pair(t // 4, t // 8, t // 5)]
+    several = [pair(t // 4, t // 8, t // 9), pair(0, 3, 2), pair(t // 6, 1, t // 7)]
+    return packed([mixed, several, [], [pair(t - 2 * (t // 3), t // 3, t // 3)]], t)
 
 
 def dialogues_and_padding(t: int) -> Case:

@@ -56,19 +56,11 @@ class Cell:
     def cfg(self) -> zj.MistralConfig:
         """The architecture: unequal sizes, two layers."""
         return zj.MistralConfig(
-            vocab_size=56,
-            hidden_size=32,
-            intermediate_size=40,
-            num_hidden_layers=2,
-            num_attention_heads=HEADS,
-            num_key_value_heads=HEADS // self.groups,
-            head_dim=self.head_dim,
-            max_position_embeddings=128,
-            rope_theta=self.theta,
-            sliding_window=self.window,
-            tie_word_embeddings=self.tied,
-            dtype="float32",
-        )
+            vocab_size=56, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
+            num_attention_heads=HEADS, num_key_value_heads=HEADS // self.groups,
+            head_dim=self.head_dim, max_position_embeddings=128, rope_theta=self.theta,
+            sliding_window=self.window, tie_word_embeddings=self.tied, dtype="float32",
+        )  # fmt: skip
 
 
 class Batch(NamedTuple):

@@ -21,25 +21,13 @@ def small_run(**train) -> RunConfig:
     """All dimensions different, heads as wide as the kernels want them, two micro-batches."""
     config = load_config("zephyr_7b_sft")
     model = dataclasses.replace(
-        config.model,
-        vocab_size=1152,
-        hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=128,
-        sliding_window=None,
-    )
+        config.model, vocab_size=1152, hidden_size=256, intermediate_size=640, num_hidden_layers=3,
+        num_attention_heads=6, num_key_value_heads=2, head_dim=128, sliding_window=None,
+    )  # fmt: skip
     train = {"batch_size": 16, "micro_batches": 2, "attention": "splash"} | train
-    return dataclasses.replace(
-        config,
-        name="small",
-        model=model,
-        data=dataclasses.replace(config.data, seq_len=512),
-        train=dataclasses.replace(config.train, **train),
-        mesh=MeshConfig(2, 2, 1),
-    )
+    parts = {"model": model, "data": dataclasses.replace(config.data, seq_len=512)}
+    parts |= {"train": dataclasses.replace(config.train, **train), "mesh": MeshConfig(2, 2, 1)}
+    return dataclasses.replace(config, name="small", **parts)
 
 
 def small_case(**train) -> Case:

@@ -73,15 +73,9 @@ ENDS: Fields = {"chat.append_eos": True, "chat.empty_system": True, "chat.parse_
 ENDS |= {"train.keep_checkpoints": 1}
 STREAM = ENDS | {"chat.bos": True, "train.eval_every": 0}
 STREAM |= {"chat.loss_on": "all", "data.packing": "concat"}
-OURS: Fields = {
-    "chat.bos": True,
-    "chat.append_eos": False,
-    "chat.empty_system": False,
-    "chat.parse_special": False,
-    "chat.score_header": False,
-    "train.keep_checkpoints": 2,
-    "optim.warmup_from_zero": False,
-}
+OURS: Fields = dict.fromkeys(("chat.append_eos", "chat.empty_system", "chat.parse_special"), False)
+OURS |= {"chat.bos": True, "chat.score_header": False}
+OURS |= {"train.keep_checkpoints": 2, "optim.warmup_from_zero": False}
 OURS_SFT = OURS | {"chat.loss_on": "assistant", "data.packing": "best_fit"}
 OURS_SFT |= {"train.eval_every": 500}
 # TRL before 0.7.5 or so: no BOS, the header in the prompt; three epochs at beta 0.1

@@ -25,23 +25,11 @@ SENTENCES = (
 
 def train_model(**changes: object) -> bytes:
     """A SentencePiece model of 420 tokens with the rules of Mistral's, but for `changes`."""
-    options = {
-        "model_type": "bpe",
-        "vocab_size": 420,
-        "byte_fallback": True,
-        "split_digits": True,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "allow_whitespace_only_pieces": True,
-        "add_dummy_prefix": True,
-        "character_coverage": 1.0,
-        "hard_vocab_limit": False,
-        "minloglevel": 2,
-        "unk_id": 0,
-        "bos_id": 1,
-        "eos_id": 2,
-        "pad_id": -1,
-    }
+    options = {"model_type": "bpe", "vocab_size": 420, "byte_fallback": True, "split_digits": True}
+    options |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    options |= {"allow_whitespace_only_pieces": True, "add_dummy_prefix": True}
+    options |= {"character_coverage": 1.0, "hard_vocab_limit": False, "minloglevel": 2}
+    options |= {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES * 20), model_writer=model, **(options | changes)
