@@ -88,8 +88,7 @@ def test_an_answer_keeps_a_beginning_that_both_share(mistral):
 
 @pytest.mark.parametrize("trim", [False, True], ids=["plain", "trimmed"])
 def test_the_template_renders_what_render_text_does(trim):
-    environment = jinja2.Environment(trim_blocks=trim, lstrip_blocks=trim)
-    template = environment.from_string(CHAT_TEMPLATE)
+    template = jinja2.Environment(trim_blocks=trim, lstrip_blocks=trim).from_string(CHAT_TEMPLATE)
     cases = [(c["messages"], c["add_generation_prompt"]) for c in golden("chat_cases")]
     texts = fuzz_texts(300, seed=9)
     cases += [(chat(*texts[i : i + 3], system=texts[i]), bool(i % 2)) for i in range(0, 300, 3)]

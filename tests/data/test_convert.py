@@ -109,8 +109,7 @@ def test_impossible_selections_are_refused():
 def test_duplicate_prompts_are_dropped_and_shown(raw, tmp_path):
     near = long_dialogue(5)
     near["data"][0] = near["data"][0].upper().replace("?", " !?")
-    rows = [long_dialogue(3), long_dialogue(70), near, long_dialogue(200)]
-    write(raw / "train_2.jsonl", rows)
+    write(raw / "train_2.jsonl", [long_dialogue(3), long_dialogue(70), near, long_dialogue(200)])
     result = {}
     for duplicates, kept in {"keep": 94, "exact": 92, "near": 91}.items():
         selection = Selection(duplicates=duplicates)
@@ -144,8 +143,7 @@ def test_a_training_row_is_the_one_dropped_of_near_duplicates_in_two_splits(tmp_
     selection = Selection(duplicates="near")
     path = prepare("ultrachat", tmp_path / "raw", tmp_path / "out", "200k", selection=selection)
     assert report(path)["rows"]["kept"] == {"train_sft": 20, "test_sft": 10}
-    example = report(path)["examples"]["near_duplicate_prompt"][0]
-    assert example["where"] == "train_sft.jsonl:21"
+    assert report(path)["examples"]["near_duplicate_prompt"][0]["where"] == "train_sft.jsonl:21"
 
 
 def test_contaminated_records_are_dropped_and_shown(raw, tmp_path):

@@ -88,8 +88,7 @@ def test_unanswered_questions_and_unasked_answers_are_cut_off():
     assert record["messages"] == messages(*TEXTS)
     assert counts == Counter(trailing_user_turn=1)
     leading = [("system", "Be brief."), ("gpt", "Hello!"), ("human", "why?"), ("gpt", "So.")]
-    row = {"conversations": sharegpt(*leading, ("human", " "))}
-    record, counts = convert(row, CleaningRules())
+    record, counts = convert({"conversations": sharegpt(*leading, ("human", " "))}, CleaningRules())
     assert record["messages"] == [system(), *messages("Why?", "So.")]
     assert counts == Counter(leading_answer=1, trailing_user_turn=1, truecase=1)
 
@@ -286,8 +285,7 @@ def test_only_the_assistant_can_refuse_and_rules_can_be_switched_off():
     turns = ["As an AI, do you dream?", "No."]
     assert cleaned(turns, CleaningRules()) == (turns, Counter())
     turns = ["hi. you", "as an AI i refuse. really"]
-    rules = CleaningRules(truecase=False, drop_refusals=False)
-    assert cleaned(turns, rules) == (turns, Counter())
+    assert cleaned(turns, CleaningRules(truecase=False, drop_refusals=False)) == (turns, Counter())
     texts, counts = cleaned(turns, CleaningRules(refusal_phrases=("no",)))
     assert texts == ["Hi. You", "As an AI I refuse. Really"]
     assert counts == Counter(truecase=1)

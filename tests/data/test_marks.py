@@ -193,8 +193,7 @@ def test_marks_go_through_preparing_packing_and_inspection(packing, toy, tmp_pat
         talk[number < 30]["train"] = False
         assert record["messages"] == talk
     config = config_of("demo_sft", tmp_path, dataset="messages/own", packing=packing, seq_len=96)
-    packed = build_packed(config, toy)
-    rows = rows_of(packed, "train")
+    rows = rows_of(build_packed(config, toy), "train")
     learned = toy.decode(rows["tokens"][rows["loss_mask"]].tolist())
     assert "WRONG" not in learned
     assert "WRONG" in toy.decode(rows["tokens"].flatten().tolist())

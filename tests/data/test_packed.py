@@ -213,8 +213,7 @@ def test_pairs_equal_after_the_cut_are_dropped_in_training_and_ties_held_out(toy
 def test_a_long_prompt_keeps_the_bos_that_its_template_writes(pairs):
     config = with_fields(pairs, dpo={"max_length": 40, "max_prompt_length": 8})
     for kind, first in (("strict", 1), ("turns", 3 + ord("s"))):  # the last 8: "stant|>\n"
-        tok = JsonTokenizer(byte_level_files(kind, n_merges=0))
-        packed = build_packed(config, tok)
+        packed = build_packed(config, JsonTokenizer(byte_level_files(kind, n_merges=0)))
         info = packed.manifest["splits"]["train"]
         assert info["prompts_cut"] == info["documents"]
         assert {int(tokens[0]) for tokens, _, _ in documents_of(packed, "train")} == {first}

@@ -63,8 +63,7 @@ def test_pair_document_layout():
 
 
 def test_batches_of_an_epoch_are_exact_level_and_shuffled_again():
-    rng = np.random.default_rng(3)
-    lengths = [int(n) for n in rng.gamma(2, 150, 1030)]
+    lengths = [int(n) for n in np.random.default_rng(3).gamma(2, 150, 1030)]
     first = packing.level_batches(lengths, 64, 0, 0)
     assert [len(b) for b in first] == [64] * 16 + [6]
     assert sorted(i for b in first for i in b) == list(range(1030))

@@ -198,8 +198,7 @@ def test_a_prompt_in_both_published_splits_is_an_error(tmp_path):
     message = r"train_sft\.jsonl:10.*held-out split too.*--drop_overlap"
     with pytest.raises(ValueError, match=message):
         prepare("ultrachat", source, tmp_path, "200k")
-    selection = Selection(drop_overlap=True)
-    path = prepare("ultrachat", source, tmp_path, "200k", selection=selection)
+    path = prepare("ultrachat", source, tmp_path, "200k", selection=Selection(drop_overlap=True))
     assert report(path)["rows"]["kept"] == {"train_sft": 9, "test_sft": 3}
     assert report(path)["rules"] == {"train_test_overlap": 1}
 

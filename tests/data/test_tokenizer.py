@@ -117,8 +117,7 @@ def test_decode_skips_specials_and_what_is_no_id_or_text_is_refused(tok):
 
 def test_pickle_and_files_keep_every_byte(tok, tmp_path):
     path = tok.save(tmp_path / "folder")
-    written = {file.name: file.read_bytes() for file in path.parent.iterdir()}
-    assert written == tok.files
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == tok.files
     copies = Tokenizer.from_file(path), Tokenizer.from_folder(path.parent)
     for copy in (pickle.loads(pickle.dumps(tok)), *copies):
         assert copy.encode("Hello there </s>") == tok.encode("Hello there </s>")
@@ -138,17 +137,12 @@ def test_missing_files_are_named(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"bos_id": -1},
-        {"eos_id": -1},
-        {"byte_fallback": False},
-        {"add_dummy_prefix": False},
-        {"normalization_rule_name": "nmt_nfkc"},
-        {"remove_extra_whitespaces": True},
-        {"model_type": "unigram"},
-        {"user_defined_symbols": ["a\nb"]},
+        {"bos_id": -1}, {"eos_id": -1}, {"byte_fallback": False}, {"add_dummy_prefix": False},
+        {"normalization_rule_name": "nmt_nfkc"}, {"remove_extra_whitespaces": True},
+        {"model_type": "unigram"}, {"user_defined_symbols": ["a\nb"]},
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_a_model_that_breaks_a_rule_is_refused(changes):
     with pytest.raises(ValueError, match="^x.model: it must be a BPE model with byte_fallback"):
         SentencePieceTokenizer(train_model(**changes), "x.model")

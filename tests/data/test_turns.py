@@ -56,8 +56,7 @@ def test_parts_that_are_no_text_drop_the_row_and_are_counted():
     assert convert(row) == (None, Counter({"not_text:image_url": 1}))
     assert SCHEMA.texts(row, "not_text:image_url") == ["user: What is it?"]
     pair = {"prompt": row["messages"][:1], "chosen": "A cat.", "rejected": "A dog."}
-    own = pairs.own_schemas()["own"]
-    assert through(own, pair) == (None, Counter({"not_text:image_url": 1}))
+    assert through(pairs.own_schemas()["own"], pair) == (None, Counter({"not_text:image_url": 1}))
 
 
 @pytest.mark.parametrize(

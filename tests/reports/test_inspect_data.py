@@ -89,8 +89,7 @@ def test_a_dialogue_has_the_mask_that_is_trained_on(tok):
     ids, mask = render_chat(tok, TALK)
     [card] = record_cards({"prompt": "p", "prompt_id": "0", "messages": TALK}, tok)[1].cards
     assert f"{len(ids)} tokens, {sum(mask)} targets" in card.title
-    targets = [span.style.startswith("target") for span in card.spans]
-    assert targets == [bool(m) for m in mask]
+    assert [span.style.startswith("target") for span in card.spans] == [bool(m) for m in mask]
     assert text_of(card, "target") == "".join(f"{turn['content']}</s>" for turn in TALK[1::2])
     special = [span.text for span in card.spans if span.style.endswith("special")]
     assert special == ["<s>", *["</s>"] * 4]
@@ -124,8 +123,7 @@ def test_a_packed_row_is_shown_by_documents(tok):
     assert sizes == [n, len(pair.prompt) - 1, len(pair.chosen) + 1, len(pair.rejected) + 1]
     assert text_of(cards[3]) == "\\nIn the dunes.</s>"
     assert text_of(cards[4], "rejected") == "Nowhere</s>"
-    padding = 512 - sum(len(d.tokens) for d in packed)
-    assert cards[-1].title == f"padding: {padding} positions"
+    assert cards[-1].title == f"padding: {512 - sum(len(d.tokens) for d in packed)} positions"
     assert "0 documents" in row_cards(packing.build_row([], 8, 2), tok)[0].cards[0].title
     word = next(i for i in range(tok.vocab_size) if re.match(r"▁\w", tok.vocabulary.tokens[i]))
     row = packing.build_row([packing.pair_document([word] * 2, [word], [word] * 2, 5)], 64, 1)
@@ -202,13 +200,11 @@ def test_rows_of_a_packed_set(recipe, split, show, refused, world, tmp_path):
     refusal = refused(*command)
     assert f"train.py --config={recipe}" in refusal
     assert refusal.endswith("--pack_only")
-    tok = Tokenizer.from_folder(world / "tokenizer")
-    packed = build_packed(load_config(recipe, words), tok)
+    packed = build_packed(load_config(recipe, words), Tokenizer.from_folder(world / "tokenizer"))
     shown = show(*command, f"--split={split}")
     first = f"row 0 of {packed.manifest['splits'][split]['rows']}"
     assert all(words in shown for words in (first, "padding: ", "<s>"))
     page = tmp_path / "page.html"
     show(*command, f"--split={split}", f"--html={page}")
-    text = page.read_text("utf-8")
-    assert "padding share" in text
+    assert "padding share" in page.read_text("utf-8")
     assert "give a number" in refused(*command, "--row=-1")

@@ -122,17 +122,11 @@ def sft(tmp_path):
     write(root / "checkpoints" / "6" / "meta" / "metadata", meta)
     fixed = {"where": "a:1", "before": ["it. is & so"], "after": ["It. Is & so"]}
     pair = {"where": "a:3", "before": ["9: x", "10: y", "2: z"], "after": ["9: x", "1: y"]}
-    report = {
-        "made_from": {},
-        "records_sha256": {},
-        "rows": {"read": 200, "bad": 3, "kept": {"train_sft": 150, "test_sft": 20}},
-        "rules": {"truecase": 17, "refusal": 21, "score_10_to_1": 4},
-        "examples": {
-            "truecase": [fixed],
-            "refusal": [{"where": "a:2", "before": [EVIL, " "], "after": None}],
-            "score_10_to_1": [pair],
-        },
-    }
+    refused = {"where": "a:2", "before": [EVIL, " "], "after": None}
+    report = {"made_from": {}, "records_sha256": {}}
+    report |= {"rows": {"read": 200, "bad": 3, "kept": {"train_sft": 150, "test_sft": 20}}}
+    report |= {"rules": {"truecase": 17, "refusal": 21, "score_10_to_1": 4}}
+    report |= {"examples": {"truecase": [fixed], "refusal": [refused], "score_10_to_1": [pair]}}
     folder = data / "ultrachat" / "raw" / "1.1.0"
     write(folder / "report.json", report)
     write(folder / "dataset_info.json", {})
@@ -337,8 +331,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path, write_report):
 
 def test_a_histogram_shows_its_counts_under_a_pointer():
     values = {"a": np.array([1, 1, 1, 2]), "b": np.array([4])}
-    svg = plots.render(Histogram("t", "x", "y", values))
-    hover = re.findall('data-hover="(.*?)"', svg)[0]
+    hover = re.findall('data-hover="(.*?)"', plots.render(Histogram("t", "x", "y", values)))[0]
     texts = [text for _, text in json.loads(html.unescape(hover))]
     assert texts == [
         f"{n - 0.5} to {n + 0.5}\na {a}\nb {b}"
