@@ -232,8 +232,7 @@ def test_verify_compares_a_model_and_what_it_was_imported_from(
     shutil.rmtree(tmp_path / "hf")
     main(words)
     assert "hf, which is gone" in capsys.readouterr().err
-    other = train_model(vocab_size=400)
-    (tmp_path / "ours" / "tokenizer.model").write_bytes(other)
+    (tmp_path / "ours" / "tokenizer.model").write_bytes(train_model(vocab_size=400))
     with pytest.raises(ValueError, match=r"the tokenizer in .*ours changed"):
         zj.load_model(tmp_path / "ours")
 

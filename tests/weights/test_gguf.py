@@ -155,27 +155,15 @@ def test_the_metadata_is_what_llama_cpp_reads(cfg, params, tok, tmp_path):
     card = {"name": "Zephyr tiny", "license": "mit", "language": ["en"], "lineage": ["a", "SFT"]}
     path = export_gguf(cfg, params, tok, tmp_path / "a.gguf", dtype="bfloat16", card=card)
     fields = fields_of(path)
-    expected = {
-        "general.architecture": "llama",
-        "general.name": "Zephyr tiny",
-        "general.license": "mit",
-        "general.languages": ["en"],
-        "zephyr_jax.lineage": ["a", "SFT"],
-        "general.file_type": 32,
-        "llama.attention.value_length": 10,
-        "llama.rope.dimension_count": 10,
-        "llama.rope.freq_base": 54321.0,
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.padding_token_id": 0,
-        "tokenizer.ggml.add_bos_token": True,
-        "tokenizer.ggml.add_eos_token": False,
-        "tokenizer.ggml.add_space_prefix": True,
-        "tokenizer.chat_template": CHAT_TEMPLATE,
-    }
+    expected = {"general.architecture": "llama", "general.name": "Zephyr tiny"}
+    expected |= {"general.license": "mit", "general.languages": ["en"], "general.file_type": 32}
+    expected |= {"llama.attention.value_length": 10, "llama.rope.dimension_count": 10}
+    expected |= {"llama.rope.freq_base": 54321.0, "zephyr_jax.lineage": ["a", "SFT"]}
+    tokenizer = {"model": "llama", "pre": "default", "bos_token_id": 1, "eos_token_id": 2}
+    tokenizer |= {"unknown_token_id": 0, "padding_token_id": 0, "add_bos_token": True}
+    tokenizer |= {"add_eos_token": False, "add_space_prefix": True}
+    expected |= {f"tokenizer.ggml.{name}": value for name, value in tokenizer.items()}
+    expected["tokenizer.chat_template"] = CHAT_TEMPLATE
     assert {key: fields.get(key) for key in expected} == expected
     assert fields["tokenizer.ggml.tokens"][:3] == ["<unk>", "<s>", "</s>"]
     assert fields["tokenizer.ggml.tokens"][-4:] == ["[PAD420]", "[PAD421]", "[PAD422]", "[PAD423]"]

@@ -252,19 +252,13 @@ def test_absent_keys_are_what_transformers_takes_for_them():
 @pytest.mark.parametrize(
     ("config", "generation", "ends"),
     [
-        (7, 8, (7, 8)),
-        ([7, 8], [8, 9, 7], (7, 8, 9)),
-        (None, [9], (9,)),
-        (5, None, (5,)),
-        (None, None, ()),
-        ([], "absent", ()),
-        ("absent", [8], (8,)),
-        ("absent", "absent", (2,)),
+        (7, 8, (7, 8)), ([7, 8], [8, 9, 7], (7, 8, 9)), (None, [9], (9,)), (5, None, (5,)),
+        (None, None, ()), ([], "absent", ()), ("absent", [8], (8,)), ("absent", "absent", (2,)),
         ([], 420, "eos_token_id=420 must be ids below vocab_size=420"),
         ([2, -1], [], r"eos_token_id=\(2, -1\) must be ids below"),
         ("</s>", [], r"eos_token_id=</s> must be ids below"),
     ],
-)
+)  # fmt: skip
 def test_every_end_token_of_both_files_is_read(
     config, generation, ends, tmp_path, cfg
 ):  # pitfall 47
@@ -288,8 +282,7 @@ def test_end_tokens_outlive_a_checkpoint_and_a_run(world, tmp_path):
     config = runs.config_of(world, "sft")
     tok = zj.Tokenizer.from_folder(config.data.tokenizer)
     cfg = dataclasses.replace(config.model, eos_token_id=[7, 2, 9])
-    params = random_tree(cfg)
-    export_hf(cfg, params, tok, tmp_path / "hf")
+    export_hf(cfg, random_tree(cfg), tok, tmp_path / "hf")
     assert load_hf(tmp_path / "hf")[0].end_ids == (2, 7, 9)
     zj.save_model(zj.load_model(tmp_path / "hf"), tmp_path / "ours")
     model = zj.load_model(tmp_path / "ours")

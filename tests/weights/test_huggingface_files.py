@@ -18,8 +18,7 @@ from zephyr_jax.weights.exports import CARD_FIELDS, write_files
 
 
 def test_tokenizer_json_gives_our_ids(sp_tok):
-    data = json.dumps(tokenizer_json(sp_tok.vocabulary, "<s>"))
-    fast = tokenizers.Tokenizer.from_str(data)
+    fast = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(sp_tok.vocabulary, "<s>")))
     texts = [c["text"] for c in golden("tokenizer_cases")] + fuzz_texts(3000, seed=10)
     texts += [" " * n for n in range(1, 400)] + ["a" + " " * n + "b" for n in range(1, 400)]
     texts += ["\n" * 5, "\t" * 9, "x" * 500, "=" * 333]
@@ -53,18 +52,12 @@ def card_of(folder, card, name="folder-name", **changes):
 
 
 def test_the_card_shows_every_field(tmp_path):
-    card = {
-        "summary": "A model.",
-        "license": "apache-2.0",
-        "language": ["en"],
-        "base_model": "mistralai/Mistral-7B-v0.1",
-        "datasets": ["HuggingFaceH4/ultrachat_200k"],
-        "tags": ["dpo"],
-        "recipe": {"optim": {"peak_lr": 5e-7}},
-        "data": {"ultrachat/train": "abc123"},
-        "metrics": {"eval_loss": 0.931234, **{f"eval_source/{i}/loss": 1.0 for i in range(40)}},
-        "lineage": ["mistralai/Mistral-7B-v0.1", "dSFT"],
-    }
+    base = "mistralai/Mistral-7B-v0.1"
+    card = {"summary": "A model.", "license": "apache-2.0", "language": ["en"], "base_model": base}
+    card |= {"datasets": ["HuggingFaceH4/ultrachat_200k"], "tags": ["dpo"]}
+    card |= {"recipe": {"optim": {"peak_lr": 5e-7}}, "data": {"ultrachat/train": "abc123"}}
+    card["metrics"] = {"eval_loss": 0.931234, **{f"eval_source/{i}/loss": 1.0 for i in range(40)}}
+    card["lineage"] = [base, "dSFT"]
     assert {*card, "name"} == set(CARD_FIELDS)
     fields, body = card_of(tmp_path, card)
     names = ("license", "base_model", "datasets", "language")

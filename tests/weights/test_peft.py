@@ -88,12 +88,9 @@ def test_an_export_has_their_names_and_layout(cfg, adapters, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_what_is_exported_comes_back(cfg, adapters, tmp_path, mesh, dtype):
     lora = dataclasses.replace(WET, targets=("v", "o", "down"))
-    adapters = {
-        "layers": {
-            "attention": {k: adapters["layers"]["attention"][k] for k in "vo"},
-            "mlp": {"down": adapters["layers"]["mlp"]["down"]},
-        }
-    }
+    attention, mlp = (adapters["layers"][part] for part in ("attention", "mlp"))
+    attention = {name: attention[name] for name in "vo"}
+    adapters = {"layers": {"attention": attention, "mlp": {"down": mlp["down"]}}}
     shardings = jax.tree.map(lambda x: x.sharding, abstract_adapters(cfg, lora))
     placed = jax.device_put(jax.device_get(adapters), shardings)
     export_peft(tmp_path / "out", cfg, lora, placed, "base", dtype=dtype)

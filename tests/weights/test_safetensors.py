@@ -77,8 +77,7 @@ def test_broken_folders_are_named_in_one_line(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     error(FileNotFoundError, r".bin files are pickles.*save the model as safetensors")
     (tmp_path / "pytorch_model.bin").unlink()
-    arrays = tensors()
-    files = write(tmp_path, arrays, max_shard_bytes=260)
+    files = write(tmp_path, tensors(), max_shard_bytes=260)
     shard = tmp_path / files[1]
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-4])
