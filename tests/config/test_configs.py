@@ -61,8 +61,7 @@ def test_the_7b_step_type_checks_for_256_chips(name, sizes, device):
     with jax.sharding.use_abstract_mesh(mesh):
         assert (platform(), config.train.attention) == ("tpu" if device else "cpu", "auto")
         state, _ = abstract_step(config, rows=256)
-    up = state.params["layers"]["mlp"]["up"]
-    assert up.sharding.spec == jax.P(None, "fsdp", "tensor")
+    assert state.params["layers"]["mlp"]["up"].sharding.spec == jax.P(None, "fsdp", "tensor")
     per_device = 0
     for leaf in jax.tree.leaves((state.params, state.opt_state)):
         shard = leaf.sharding.shard_shape(leaf.shape)
@@ -108,8 +107,7 @@ def test_a_mistyped_field_is_answered_with_the_one_that_may_be_meant(word, messa
 
 
 def test_a_section_that_a_recipe_lacks_can_be_added_on_the_command_line():
-    words = ["--config.lora.rank=8", "--config.lora.alpha=16"]
-    lora = load_config("zephyr_7b_sft", words).lora
+    lora = load_config("zephyr_7b_sft", ["--config.lora.rank=8", "--config.lora.alpha=16"]).lora
     assert lora == LoraConfig(8, 16.0, 0.0, ("q", "k", "v", "o", "gate", "up", "down"), "full")
     lengths = ("beta=0.1", "reference=none", "max_length=64", "max_prompt_length=32")
     dpo = load_config("demo_sft", [f"--config.dpo.{word}" for word in lengths]).dpo

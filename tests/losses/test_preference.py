@@ -14,6 +14,7 @@ from zephyr_jax.losses.preference import LABEL_WEIGHTS, LOSSES, balanced, bco_pa
 VALUE = {"rtol": 1e-5, "atol": 1e-6}
 GRADIENT = {"rtol": 1e-4, "atol": 1e-6}
 
+ALPHAPO = {"simpo_gamma_ratio": 0.04, "reward_alpha": 0.25}
 # Every loss with options that are not its defaults, and its oracle with the paper's symbols.
 CASES = {
     "sigmoid": ({"beta": 0.3}, {"beta": 0.3}),
@@ -33,11 +34,7 @@ CASES = {
     "aot_unpaired": ({"beta": 0.3, "label_smoothing": 0.1}, {"beta": 0.3, "epsilon": 0.1}),
     "simpo": ({"beta": 2.5, "options": {"simpo_gamma_ratio": 0.3}}, {"beta": 2.5, "gamma": 0.75}),
     "simpo alphapo": (
-        {
-            "beta": 2.5,
-            "label_smoothing": 0.1,
-            "options": {"simpo_gamma_ratio": 0.04, "reward_alpha": 0.25},
-        },
+        {"beta": 2.5, "label_smoothing": 0.1, "options": ALPHAPO},
         {"beta": 2.5, "gamma": 0.1, "alpha": 0.25, "epsilon": 0.1},
     ),
     "orpo": ({"beta": 0.7}, {"lam": 0.7}),

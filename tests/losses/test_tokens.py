@@ -31,12 +31,8 @@ def test_token_logps_equal_float64():
 
 
 def test_logps_of_bfloat16_logits_are_summed_in_float32():
-    shape = jax.eval_shape(
-        zj.token_logps,
-        jax.ShapeDtypeStruct((2, 5, 7), jnp.bfloat16),
-        jax.ShapeDtypeStruct((2, 5), jnp.int32),
-        jax.ShapeDtypeStruct((2, 5), jnp.bool_),
-    )
+    inputs = ((2, 5, 7), jnp.bfloat16), ((2, 5), jnp.int32), ((2, 5), jnp.bool_)
+    shape = jax.eval_shape(zj.token_logps, *(jax.ShapeDtypeStruct(*one) for one in inputs))
     assert shape.dtype == jnp.float32
 
 
@@ -50,13 +46,11 @@ def test_the_first_token_of_a_row_is_never_a_target():
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_dpo_equals_float64(smoothing):
-    rng = np.random.default_rng(1)
-    parts = rng.normal(-40, 8, (4, 9))
+    parts = np.random.default_rng(1).normal(-40, 8, (4, 9))
     loss, info = zj.dpo_loss(
         *(jnp.asarray(p, jnp.float32) for p in parts), beta=0.3, label_smoothing=smoothing
     )
-    batch = dict(zip(("pw", "pl", "rw", "rl"), parts, strict=True))
-    want = oracle.sigmoid(batch, 0.3, smoothing)
+    want = oracle.sigmoid(dict(zip(("pw", "pl", "rw", "rl"), parts, strict=True)), 0.3, smoothing)
     np.testing.assert_allclose(loss, want.mean(), rtol=1e-5)
     np.testing.assert_allclose(info.losses, want, rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(info.chosen_rewards, 0.3 * (parts[0] - parts[2]), atol=2e-5)

@@ -208,15 +208,12 @@ def test_long_prompts_are_worked_through_in_tiles(cfg, params, window, monkeypat
 @pytest.mark.parametrize(
     ("machine", "t", "dtype", "name"),
     [
-        ("cpu", 383, "float32", "einsum"),
-        ("cpu", 384, "bfloat16", "tiled"),
+        ("cpu", 383, "float32", "einsum"), ("cpu", 384, "bfloat16", "tiled"),
         ("tpu", 64, "float32", "splash"),
-        ("gpu", 64, "bfloat16", "cudnn"),
-        ("gpu", 64, "float32", "einsum"),
-        ("gpu", 1024, "float32", "tiled"),
-        ("gpu", 1023, "float16", "tiled"),
+        ("gpu", 64, "bfloat16", "cudnn"), ("gpu", 64, "float32", "einsum"),
+        ("gpu", 1024, "float32", "tiled"), ("gpu", 1023, "float16", "tiled"),
     ],
-)
+)  # fmt: skip
 def test_auto_takes_what_suits_the_machine(machine, t, dtype, name, monkeypatch):
     monkeypatch.setattr(module, "platform", lambda: machine)
     ones = jnp.ones((1, t), jnp.int32)

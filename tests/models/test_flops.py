@@ -42,8 +42,7 @@ def dot_flops(hlo: str) -> int:
     def total(name):
         return own[name] + sum(map(total, calls[name]))
 
-    entry = re.search(r"^ENTRY %?(\S+)", hlo, re.M).group(1)
-    return total(entry)
+    return total(re.search(r"^ENTRY %?(\S+)", hlo, re.M).group(1))
 
 
 def forward_flops(cfg) -> float:

@@ -16,8 +16,7 @@ B, T, D, V = 8, 11, 6, 46
 
 
 def plain_logits(hidden, weight, tied):
-    equation = "BTD,VD->BTV" if tied else "BTD,DV->BTV"
-    return linear(equation, hidden, weight, "float32", "float32")
+    return linear("BTD,VD->BTV" if tied else "BTD,DV->BTV", hidden, weight, "float32", "float32")
 
 
 def plain(hidden, weight, tokens, mask, tied=False):
@@ -136,8 +135,7 @@ def test_prompts_and_padding_are_not_read():
     predicts = np.pad(np.asarray(mask)[:, 1:], ((0, 0), (0, 1)))
     spoiled = jnp.where(predicts[..., None], hidden, jnp.nan)
     want = value_and_grads(blocked, worth)(*inputs, worth)
-    got = value_and_grads(blocked, worth)(spoiled, weight, tokens, mask, worth)
-    assert_same(got, want)
+    assert_same(value_and_grads(blocked, worth)(spoiled, weight, tokens, mask, worth), want)
     full = (np.arange(B * T) < 14).reshape(B, T)  # two whole blocks of predictors
     mask = jnp.pad(jnp.asarray(full)[:, :-1], ((0, 0), (1, 0)))
     spoiled = jnp.where(jnp.asarray(full)[..., None], hidden, jnp.nan)

@@ -91,8 +91,7 @@ def test_only_the_named_projections_have_adapters(cfg):
 
 def test_an_adapter_begins_within_its_bound(cfg):
     cfg = dataclasses.replace(cfg, num_hidden_layers=7)
-    lora = dataclasses.replace(ALL, rank=32)
-    got = flat(init_adapters(cfg, lora, jax.random.key(0)))
+    got = flat(init_adapters(cfg, dataclasses.replace(ALL, rank=32), jax.random.key(0)))
     inputs = {"o": 80, "down": 72}
     for path, x in got.items():
         name, part = path.split("/")[-2:]

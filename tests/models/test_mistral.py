@@ -44,8 +44,7 @@ def test_causality_and_window_by_gradient(cfg, params):  # pitfalls 29, 30
 
 
 def test_window_of_three_shows_three_keys():  # pitfall 29
-    ones = jnp.ones((1, 6), jnp.int32)
-    layout = row_layout(ones, None, jnp.arange(6)[None])
+    layout = row_layout(jnp.ones((1, 6), jnp.int32), None, jnp.arange(6)[None])
     mask = visible(layout.queries, layout.keys, 3)
     np.testing.assert_array_equal(mask.sum(-1)[0], [1, 2, 3, 3, 3, 3])
 
@@ -54,8 +53,7 @@ def test_query_head_h_uses_key_head_h_over_group():  # pitfall 35
     rng = np.random.default_rng(0)
     shapes = (1, 2, 2, 3, 4), (1, 2, 3, 4), (1, 2, 3, 4)
     q, k, v = (jnp.asarray(rng.normal(size=shape)) for shape in shapes)
-    mask = jnp.tril(jnp.ones((1, 3, 3), bool))
-    got = attend(q, k, v, mask).reshape(4, 3, 4)
+    got = attend(q, k, v, jnp.tril(jnp.ones((1, 3, 3), bool))).reshape(4, 3, 4)
     for head in range(4):
         scores = np.einsum("th,sh->ts", q.reshape(4, 3, 4)[head], k[0, head // 2]) / 2
         scores = np.where(np.tril(np.ones((3, 3))), scores, -np.inf)

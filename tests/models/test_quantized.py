@@ -103,16 +103,14 @@ def test_codes_and_scales_equal_float64(kind, axes, shape, axis, block):
     distance = np.take_along_axis(far, index[..., None], -1)[..., 0]
     assert (distance - far.min(-1)).max() <= 1e-6 * values.max()
     back = blocks_of(lora.dequantize(q, "float32"), axis, block)
-    wanted = values[index] * scales[..., None]
-    np.testing.assert_allclose(back, wanted, rtol=1e-6)
+    np.testing.assert_allclose(back, values[index] * scales[..., None], rtol=1e-6)
     narrow = lora.dequantize(q, "float32").astype(jnp.bfloat16)  # rounded once
     np.testing.assert_array_equal(lora.dequantize(q, "bfloat16"), narrow)
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("int8", 8.5), ("nf4", 4.5)])
 def test_bits_of_a_value(kind, bits):
-    config = load_config("zephyr_7b_sft_qlora")
-    shapes = abstract_params(config.model)
+    shapes = abstract_params(load_config("zephyr_7b_sft_qlora").model)
     base = jax.eval_shape(lambda params: lora.freeze(params, kind, "bfloat16"), shapes)
     held, values = 0, 0
     for name in ("attention", "mlp"):

@@ -79,8 +79,7 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 
 
 def test_loops_that_step_by_a_copied_two():
-    program = hlo.parse(WINDOWED)
-    counts = hlo.count(program, {})
+    counts = hlo.count(hlo.parse(WINDOWED), {})
     assert counts.times["body"] == 4  # 2, 4, 6, 8
     assert not counts.unknown
 
@@ -157,8 +156,7 @@ def test_the_axes_of_a_transfer(attributes, axis, devices):
 def test_all_reduces_that_devices_wait_for_are_named(width, times, warning):
     groups = "replica_groups=mesh['a'=2,'b'=4] {'a'}"
     line = f"  ROOT %g = bf16[16,{width}] all-reduce(%x), channel_id=3, {groups}"
-    done = stored()._replace(parts={})
-    warnings = warnings_of(done, transfers_of(line, times), [])
+    warnings = warnings_of(stored()._replace(parts={}), transfers_of(line, times), [])
     assert [text.startswith(warning) for text in warnings] == [True] * (warning is not None)
 
 

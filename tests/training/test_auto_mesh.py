@@ -57,8 +57,7 @@ def test_remat_auto_recomputes_as_little_as_fits(usable, first_kept):
     assert config.train.micro_batches == load_config("zephyr_7b_sft").train.micro_batches
     assert "gate" not in resolve_sizes(run, Devices(16, 1, usable, False)).train.remat
     if usable and remat != "full":
-        sized = dataclasses.replace(config, mesh=MeshConfig(1, 16, 1))
-        assert estimated_gib(sized, 128) <= usable
+        assert estimated_gib(dataclasses.replace(config, mesh=MeshConfig(1, 16, 1)), 128) <= usable
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,7 @@ def test_as_many_bad_steps_as_the_policy_says_are_left_out(dpo_run, tmp_path, mo
     assert saved_steps(tmp_path)[-1] == 6
     kept = sorted(path.name for path in (tmp_path / "bad_steps").iterdir())
     assert kept == ["3-0.npz", "6-0.npz", "7-0.npz"]
-    more = with_fields(config, train={"bad_steps": {"skip": 3}})
-    assert int(fit(more, tmp_path).step) == 10
+    assert int(fit(with_fields(config, train={"bad_steps": {"skip": 3}}), tmp_path).step) == 10
 
 
 def test_the_replay_names_the_document_that_is_to_blame(stopped, monkeypatch, capsys):

@@ -77,8 +77,7 @@ def test_the_best_step_is_kept_over_a_kill_and_can_be_named(world, tmp_path, los
     assert json.loads((folder / "best.json").read_text())["step"] == 3
     fit(run_of(world), folder)
     assert saved_steps(epath.Path(folder)) == [8, 10]
-    best = {"step": 8, "metric": "eval_loss", "value": 0.5}
-    assert read_checked(folder / "best.json") == best
+    assert read_checked(folder / "best.json") == {"step": 8, "metric": "eval_loss", "value": 0.5}
     assert resolve(folder / "checkpoints" / "best") == folder / "checkpoints" / "8"
     model = load_model(folder / "checkpoints" / "best")
     assert model.lineage["step"] == 8
@@ -89,11 +88,9 @@ def test_the_best_step_is_kept_over_a_kill_and_can_be_named(world, tmp_path, los
 
 def test_a_run_ends_early_and_stays_ended(world, tmp_path, losses):
     config = run_of(world, keep_best={"loss": 3})
-    state = fit(config, tmp_path / "run")
-    assert int(state.step) == 6  # after 3 none of 4, 5, 6 is better
+    assert int(fit(config, tmp_path / "run").step) == 6  # after 3 none of 4, 5, 6 is better
     assert saved_steps(epath.Path(tmp_path / "run")) == [3, 6]
-    again = fit(config, tmp_path / "run")
-    assert int(again.step) == 6
+    assert int(fit(config, tmp_path / "run").step) == 6
     assert metrics_of(tmp_path / "run")[-1]["step"] == 6
 
 

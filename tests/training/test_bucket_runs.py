@@ -123,7 +123,6 @@ def test_adapters_in_a_bucket(world, bucket, tmp_path):
     config = config_of(world, "sft", max_steps=1, eval_every=0)
     fit(config, f"{bucket.url}_base")
     lora = LoraConfig(rank=2, alpha=4.0, dropout=0.0, targets=("q", "v"))
-    tuned = dataclasses.replace(config, init=f"{bucket.url}_base", lora=lora)
-    fit(tuned, bucket.url)
+    fit(dataclasses.replace(config, init=f"{bucket.url}_base", lora=lora), bucket.url)
     assert load_adapters(bucket.url).lora == lora
     assert zj.load_model(bucket.url).lineage["step"] == 1

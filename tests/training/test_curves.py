@@ -119,5 +119,4 @@ def test_four_processes_then_two_then_one_are_an_undisturbed_run(world, tmp_path
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     walls = [row["wall_s"] for row in rows]
     assert walls == sorted(walls)
-    saved = json.loads((cut / "run_config.json").read_text())
-    assert RunConfig.from_config_dict(saved) == config
+    assert RunConfig.from_config_dict(json.loads((cut / "run_config.json").read_text())) == config

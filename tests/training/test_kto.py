@@ -36,8 +36,7 @@ def records_of(data, name):
 def labeled(world, tmp_path_factory):
     """The answers of the little world's pairs, labeled: all good ones, two bad ones of three."""
     root, rows = tmp_path_factory.mktemp("labeled"), []
-    records = records_of(world / "data", "ultrafeedback/raw")
-    for i, record in enumerate(records):
+    for i, record in enumerate(records_of(world / "data", "ultrafeedback/raw")):
         source = "ab"[i % 2]
         for side in ("chosen", "rejected")[: 1 + (i % 3 > 0)]:
             prompt = f"{record['prompt']} {i}"

@@ -77,8 +77,7 @@ def stored(world, tmp_path):
         plan = make_plan(packed, 8, 1, 0)
         parts = reference_parts(packed, "p", "float32", 1.0)
         path = reference_path(packed, reference_digest(parts))
-        made = computed(packed, plan, parts)
-        yield packed, plan, parts, path, made
+        yield packed, plan, parts, path, computed(packed, plan, parts)
 
 
 def computed(packed, plan, parts):

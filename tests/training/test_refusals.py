@@ -29,8 +29,7 @@ def plan_of(rows, kind="sft", optim=(), **train):
     split = {"rows": rows, "documents": rows, "tokens": rows * config.data.seq_len}
     manifest = {"splits": {"train": split, "eval": {"rows": 4}}}
     if kind == "dpo":
-        per_epoch = -(-rows // config.train.batch_size)
-        manifest |= {"rows_per_batch": 4, "steps_per_epoch": per_epoch}
+        manifest |= {"rows_per_batch": 4, "steps_per_epoch": -(-rows // config.train.batch_size)}
     packed, train = PackedSet(Path(), manifest), config.train
     plan = make_plan(packed, train.batch_size, train.epochs, train.max_steps)
     check_plan(config, packed, plan, 1)
@@ -127,8 +126,7 @@ def test_the_same_tokenizer_in_another_file_is_the_same(sft_run, tmp_path):
     write_files(tmp_path, sft_run.config.model, tok, "float32", {}, "name")
     (tmp_path / "tokenizer.model").unlink()
     data = dataclasses.replace(sft_run.config.data, tokenizer=str(tmp_path))
-    same = run_tokenizer(data, str(sft_run.workdir))
-    assert same.digest != tok.digest
+    assert run_tokenizer(data, str(sft_run.workdir)).digest != tok.digest
 
 
 def test_what_could_not_be_exported_is_refused_or_named(world, tmp_path, monkeypatch, caplog):

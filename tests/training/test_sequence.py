@@ -156,15 +156,12 @@ def stream_of(cfg, params, tokens):
 @pytest.mark.parametrize(
     ("sizes", "length", "divided"),
     [
-        ((1, 2, 4, 1), 24, "tensor"),
-        ((1, 2, 4, 1), 22, None),
-        ((1, 2, 2, 2), 24, ("context", "tensor")),
-        ((1, 1, 2, 4), 20, "context"),
-        ((1, 1, 1, 8), 24, "context"),
-        ((2, 4, 1, 1), 24, None),
+        ((1, 2, 4, 1), 24, "tensor"), ((1, 2, 4, 1), 22, None),
+        ((1, 2, 2, 2), 24, ("context", "tensor")), ((1, 1, 2, 4), 20, "context"),
+        ((1, 1, 1, 8), 24, "context"), ((2, 4, 1, 1), 24, None),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_the_residual_stream_is_divided(wide, wide_params, sizes, length, divided):
     tokens = packed_rows(length).tokens
     tokens = np.concatenate([tokens, tokens])

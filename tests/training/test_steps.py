@@ -122,14 +122,12 @@ def test_packed_pairs_have_the_log_probs_of_each_sequence_alone(
 
 
 MANY = {"sigmoid": 1.0, "ipo": 0.3, "simpo": 0.5, "orpo": 0.2, "sigmoid_norm": 2.0, "cpo": 0.1}
+BOTH = {"apo_zero": 1.0, "sigmoid": 1.0}
 CASES = {
     "dpo": {},
     "many": {"loss": MANY | {"sft": 0.4, "aot": 1.0, "aot_unpaired": 0.5}},
     "weighted by likelihood": {"loss": "sigmoid", "options": {"wpo": 1}},
-    "shorter answers count more": {
-        "loss": {"apo_zero": 1.0, "sigmoid": 1.0},
-        "options": {"ld_alpha": 0.3},
-    },
+    "shorter answers count more": {"loss": BOTH, "options": {"ld_alpha": 0.3}},
 }
 SLOW = ("weighted by likelihood", "shorter answers count more")
 
@@ -293,8 +291,7 @@ def grads_of(cfg, params):
         logits = zj.forward(cfg, params, tokens, options=zj.ForwardOptions(remat=remat))
         return token_logps(logits, tokens, tokens > -1).sum()
 
-    grad = jax.jit(jax.grad(loss), static_argnums=1)
-    return functools.cache(functools.partial(grad, params))
+    return functools.cache(functools.partial(jax.jit(jax.grad(loss), static_argnums=1), params))
 
 
 def test_named_outputs_are_what_is_saved(cfg, params):

@@ -74,6 +74,5 @@ def test_packing_and_sharing_are_at_work(run):
     rows = ours.config_of("sft", run[0]).train.batch_size
     assert len({len(step) for step in steps}) > 1
     assert all(len(step) > rows for step in steps)
-    config = ours.config_of("dpo", run[0])
-    assert config.dpo.reference == "precomputed"
+    assert ours.config_of("dpo", run[0]).dpo.reference == "precomputed"
     assert len({len(step) for step in ours.batches("dpo", run[0])}) > 1  # an epoch's last is short
