@@ -48,8 +48,7 @@ def demo() -> dict[str, Any]:
         Path("demo_run", name).symlink_to(Path(name).absolute())
     cfg = zj.load_config("demo_sft").model
     tok = zj.Tokenizer.from_folder("tokenizer")
-    params = zj.init_params(cfg, jax.random.key(0))
-    zj.export_hf(cfg, params, tok, "demo_run/hf", dtype="float32")
+    zj.export_hf(cfg, zj.init_params(cfg, jax.random.key(0)), tok, "demo_run/hf", dtype="float32")
     return {}
 
 
@@ -70,8 +69,7 @@ def tiny_arrays() -> dict[str, Any]:
     world()
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 3, 104)
     pairs = [jnp.array([-12.0, -9.5]) - shift for shift in (0.0, 1.5, 0.25, 0.75)]
-    names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
-    logps = dict(zip(names, pairs, strict=True))
+    logps = dict(zip(("chosen", "rejected", "ref_chosen", "ref_rejected"), pairs, strict=True))
     return {"tokens": tokens, "loss_mask": jnp.ones((2, 12), bool).at[:, :4].set(False), **logps}
 
 

@@ -162,8 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
         repo, commit = found
         content = repo.commits[commit].get(file)
         if repo.gated:
-            status = 403 if self.authorized else 401
-            self.send("{}", status, X_Error_Code="GatedRepo")
+            self.send("{}", 403 if self.authorized else 401, X_Error_Code="GatedRepo")
         elif content is None:
             self.send("{}", 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
         else:

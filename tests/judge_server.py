@@ -47,8 +47,7 @@ def judge_server(reply):
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
-            length = int(self.headers["Content-Length"])
-            request = json.loads(self.rfile.read(length))
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             request["key"] = self.headers["Authorization"]
             with lock:
                 asked.append(request)

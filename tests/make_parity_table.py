@@ -37,8 +37,7 @@ def row_of(cell: Cell) -> str:
 def _shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.0e}".replace("e+0", "e")
-    words = {"None": "none", "False": "no", "True": "yes"}
-    return words.get(str(value), str(value))
+    return {"None": "none", "False": "no", "True": "yes"}.get(str(value), str(value))
 
 
 def _version(package: str) -> str:

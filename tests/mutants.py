@@ -137,8 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0 where every selected mutant was killed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="numbers of pitfalls, as 24,29", default="")
-    only = parser.parse_args(arguments).only
-    numbers = {int(number) for number in only.split(",") if number}
+    numbers = {int(number) for number in parser.parse_args(arguments).only.split(",") if number}
     mutants = [mutant for mutant in MUTANTS if not numbers or mutant.pitfall in numbers]
     missing = numbers - {mutant.pitfall for mutant in mutants}
     wrong = misfits(mutants) + [f"pitfall {number} has no mutant" for number in sorted(missing)]

@@ -128,8 +128,7 @@ def orpo(b, lam):
 
 def cpo(b, beta, weight, epsilon=0.0):
     r = beta * (b["pw"] - b["pl"])
-    prefer = -(1 - epsilon) * log_sigma(r) - epsilon * log_sigma(-r)
-    return prefer - weight * b["pw"] / b["nw"]
+    return -(1 - epsilon) * log_sigma(r) - epsilon * log_sigma(-r) - weight * b["pw"] / b["nw"]
 
 
 def sft(b):

@@ -30,8 +30,7 @@ def digests(packed: PackedSet, start: int, stop: int) -> Iterator[tuple[int, int
     plan = make_plan(packed, 8, 3, 0, 8)
     batches = read_batches(packed, plan, "train", start, stop, 0)
     for step, batch in enumerate(batches, start):
-        n_rows = len(batch.rows.tokens)
-        assert n_rows == plan.rows_per_batch // jax.process_count()
+        assert len(batch.rows.tokens) == plan.rows_per_batch // jax.process_count()
         for shards in zip(*(array.addressable_shards for array in device_rows(batch)), strict=True):
             first = shards[0].index[0].start or 0
             arrays = [np.asarray(shard.data) for shard in shards]

@@ -50,8 +50,7 @@ def config_of(world, kind, **train):
         "epochs": 4, "max_steps": 10, "batch_size": 8, "micro_batches": 2, "eval_every": 0,
         "checkpoint_every": 5, "keep_checkpoints": 2, "log_every": 1,
     } | train  # fmt: skip
-    tokenizer = str(world / "tokenizer")
-    data = {"data_dir": str(world / "data"), "tokenizer": tokenizer}
+    data = {"data_dir": str(world / "data"), "tokenizer": str(world / "tokenizer")}
     return with_fields(config, model=model, init="", data=data, mesh=ONE, train=train)
 
 

@@ -90,8 +90,7 @@ def test_facts_change_with_what_they_are_about(world, tmp_path):
     packed = pack(config)
     facts = run_facts(config.to_dict(), packed, tmp_path)
     json.dumps(facts)
-    other = with_fields(config, train={"log_every": 7})
-    changed = run_facts(other.to_dict(), packed, tmp_path)
+    changed = run_facts(with_fields(config, train={"log_every": 7}).to_dict(), packed, tmp_path)
     assert {name for name in facts if facts[name] != changed[name]} == {"config.train.log_every"}
     model = tmp_path / "model"
     model.mkdir()

@@ -66,8 +66,7 @@ def test_a_revision_is_pinned(hub, folder):
     repo.refs["v1"] = first
     config = json.loads(files["config.json"]) | {"rms_norm_eps": 0.5}
     second = repo.commit(files | {"config.json": json.dumps(config).encode()})
-    of = {"": second, "@v1": first, f"@{first}": first, "@main": second}
-    for revision, commit in of.items():
+    for revision, commit in {"": second, "@v1": first, f"@{first}": first, "@main": second}.items():
         path = download(NAME + revision)
         assert path.name == commit
         assert (load_hf(path)[0].rms_norm_eps == 0.5) == (commit == second)
@@ -197,8 +196,7 @@ def test_the_command_line_goes_from_hub_to_hub(hub, folder, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     main(["port_weights", "export", NAME, "back", "--dtype=float32", "--push=org/back"])
     assert_same_model(tmp_path / "back", folder)
-    files = hub.repos["org/back"].files
-    assert contents(tmp_path / "back").items() <= files.items()
+    assert contents(tmp_path / "back").items() <= hub.repos["org/back"].files.items()
     card = (tmp_path / "back" / "README.md").read_text()
     assert f"1. ported from {NAME}@{hub.repos[NAME].refs['main']}" in card
     assert f"base_model: {NAME}\n" in card

@@ -125,8 +125,7 @@ def folder_ids(folder, texts, chats):
         tokenizer.apply_chat_template(chat.pop("messages"), return_dict=False, **chat)
         for chat in map(dict, chats)
     ]
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return {"texts": encoded, "chats": rendered}
+    return {"texts": tokenizer(texts, add_special_tokens=False)["input_ids"], "chats": rendered}
 
 
 def transformers_ids(tok: Tokenizer, some: Cases, folder: Path, python=sys.executable) -> Ids:
@@ -178,8 +177,7 @@ def ours(tok, cases) -> Ids:
 def test_transformers_5_gives_our_ids(tok, cases, ours, tmp_path):
     transformers = pytest.importorskip("transformers", reason="make parity installs transformers")
     assert int(transformers.__version__.split(".")[0]) >= 5
-    theirs = transformers_ids(tok, cases, tmp_path / "hf")
-    assert differing(cases, ours, theirs) == []
+    assert differing(cases, ours, transformers_ids(tok, cases, tmp_path / "hf")) == []
 
 
 @pytest.mark.slow
@@ -187,16 +185,14 @@ def test_transformers_4_gives_our_ids(tok, cases, ours, tmp_path):
     python = python_of_transformers_4()
     if not python:
         pytest.skip("no transformers 4.57: make slow installs .venv-hf4, or set ZEPHYR_HF4_PYTHON")
-    theirs = transformers_ids(tok, cases, tmp_path / "hf", python)
-    assert differing(cases, ours, theirs) == []
+    assert differing(cases, ours, transformers_ids(tok, cases, tmp_path / "hf", python)) == []
 
 
 @pytest.mark.parity
 def test_llama_cpp_gives_our_ids(tok, cases, ours, tmp_path):
     pytest.importorskip("gguf", reason="the extra gguf installs gguf")
     pytest.importorskip("xllamacpp", reason="make parity installs xllamacpp")
-    theirs = llama_cpp_ids(tok, cases, tmp_path / "model.gguf")
-    assert differing(cases, ours, theirs) == []
+    assert differing(cases, ours, llama_cpp_ids(tok, cases, tmp_path / "model.gguf")) == []
 
 
 def spelled(tok: Tokenizer) -> list[str]:

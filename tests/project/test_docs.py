@@ -262,8 +262,7 @@ def test_the_site_builds_without_a_warning_and_is_searched_from_a_folder(tmp_pat
     pytest.importorskip("material", reason="comes with the extra docs")
     site = tmp_path / "site"
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", site]
-    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    output_of(build, cwd=ROOT, env=environment)
+    output_of(build, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
     loads = re.compile(r'(?:<script[^>]* src|<link[^>]* href|<img[^>]* src)="([^"]+)"')
     for page in site.rglob("*.html"):
         loaded = loads.findall(page.read_text())

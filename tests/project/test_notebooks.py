@@ -126,5 +126,4 @@ def test_a_notebook_runs(name, tmp_path):
     environment |= {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "TMPDIR": str(tmp_path)}
     words = [sys.executable, "-c", _EXECUTE, FOLDER / f"{name}.py"]
     written = output_of(words, cwd=tmp_path, env=environment, timeout=1500)
-    result = json.loads(written.splitlines()[-1])
-    assert result == {"figures": FIGURES[name], "errors": []}
+    assert json.loads(written.splitlines()[-1]) == {"figures": FIGURES[name], "errors": []}

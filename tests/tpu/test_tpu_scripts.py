@@ -131,8 +131,7 @@ def test_the_dry_run_of_supervise_prints_every_command_that_it_may_run(tools):
     up = [created("--node-id=sft", SCOPES), LOOK, *packed(tools)]
     up.append(on_hosts("start", *TRAIN, "--distributed"))
     expected = [DELETE, *up, LOOK, node, on_hosts("status"), on_hosts("log", "40"), DELETE]
-    words = [SLICE, "supervise", *NAMED, "--delete_when_done", "--", *TRAIN]
-    assert dry(tools, *words) == expected
+    assert dry(tools, SLICE, "supervise", *NAMED, "--delete_when_done", "--", *TRAIN) == expected
     assert dry(tools, SLICE, "status", *NAMED) == [LOOK, on_hosts("status")]
     first = tpus("tpu-vm", "ssh", "sft-0", "--worker=0", remote("follow", "40"))
     assert dry(tools, SLICE, "logs", *NAMED, "--follow", "--slices=2") == [first]

@@ -152,8 +152,7 @@ def test_a_host_records_the_status_and_the_log(code, program, tools):
     assert "no other was started" in tools.run(host, "start", *TRAIN, home=home).stdout
     assert ended(tools, home) == ["zephyr-host", os.uname().nodename, f"exited {code}\n"]
     lines = tools.run(host, "log", "99", home=home).stdout.splitlines()
-    expected = [f"in {home}/zephyr_jax", *program, *TRAIN, ODD]
-    assert lines[2:-1] == expected
+    assert lines[2:-1] == [f"in {home}/zephyr_jax", *program, *TRAIN, ODD]
     assert lines[-1].endswith(f"ended with status {code}")
 
 
