@@ -35,7 +35,11 @@ COMMANDS = {
 INTERRUPTED = 130  # exit status after SIGINT, as of shells
 # Errors that input, files and disk can cause; any other is a defect and keeps its traceback.
 _USER_ERRORS = (ValueError, OSError, ModuleNotFoundError, MemoryError, BrokenExecutor)
-_FULL = "more train.micro_batches, train.remat=full, fewer rows at once or more devices need less"
+_ADVICE = {  # what JAX's errors that a machine causes say -> the way out
+    "RESOURCE_EXHAUSTED": "more train.micro_batches, train.remat=full, fewer rows at once or more "
+    "devices need less",
+    "Unable to initialize backend": "unset JAX_PLATFORMS, or install JAX for that device",
+}
 
 
 class _Interrupt:
@@ -105,10 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         notes = getattr(error, "__notes__", ()) if isinstance(error, FileNotFoundError) else ()
         sys.stderr.write("\n".join([f"error: {' '.join(str(error).split())}", *notes, ""]))
         raise SystemExit(2) from error
-    except RuntimeError as error:  # JAX's, whose import would take a second
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (RuntimeError, AssertionError) as error:  # JAX's, whose import would take a second
+        text = str(error)
+        if not text and os.environ.get("JAX_PLATFORMS") == "cuda":  # its part for CUDA is absent
+            text = "Unable to initialize backend 'cuda'"
+        advice = next((_ADVICE[words] for words in _ADVICE if words in text), None)
+        if advice is None:
             raise
-        sys.stderr.write(f"error: {str(error).splitlines()[0]:.200}: {_FULL}\n")
+        sys.stderr.write(f"error: {text.splitlines()[0]:.200}: {advice}\n")
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         sys.stderr.write("\nerror: stopped by the keyboard\n")

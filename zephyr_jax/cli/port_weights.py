@@ -23,7 +23,8 @@ from zephyr_jax.weights import sources
 from zephyr_jax.weights.checkpoint import Model, check_vacant, save_model
 from zephyr_jax.weights.exports import check_replaceable
 from zephyr_jax.weights.gguf import export_gguf
-from zephyr_jax.weights.huggingface import export_hf
+from zephyr_jax.weights.huggingface import export_hf, hf_layout, read_config
+from zephyr_jax.weights.layouts import check_tensors
 from zephyr_jax.weights.peft import export_peft, load_peft, usable_base
 
 _AUTO = (None, "auto")  # of --dtype
@@ -133,6 +134,9 @@ def _export_peft(args: argparse.Namespace) -> Path:
     if not args.base and len(meta["lineage"]) == 2:  # the base is as it was ported
         names.append(meta["lineage"][0].removeprefix("ported from "))
     name = usable_base(*names)
+    if Path(name).is_absolute():
+        theirs = hf_layout(read_config(Path(name))).shapes
+        check_tensors(hf_layout(cfg).shapes, theirs, f"{args.source} and the base {name}")
     if args.push and Path(name).is_absolute():
         logging.warning("others have no %s; name the base's hub id as --base", name)
     options: dict[str, Any] = {"dtype": dtype, "overwrite": args.overwrite}

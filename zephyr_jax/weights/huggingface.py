@@ -53,7 +53,7 @@ def load_hf(
     Each process reads its own devices' slices by the ambient mesh; `dtype` None: config.json's.
     """
     folder = Path(folder)
-    cfg = _read_config(folder)
+    cfg = read_config(folder)
     reader = safetensors.SafetensorsReader(folder)
     if cfg.num_hidden_layers > len(reader.shapes):  # before the names of all are listed
         raise ValueError(
@@ -102,7 +102,8 @@ def export_hf(
     return Path(folder)
 
 
-def _read_config(folder: Path) -> MistralConfig:
+def read_config(folder: Path) -> MistralConfig:
+    """The configuration of a Hugging Face folder."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; {folder} is not a Hugging Face model")
