@@ -33,6 +33,8 @@ CUSTOM = ("remat_policy=custom", *(f"{name}=device" for name in SAVED))
 # The compiler's options of its published recipe for Llama 3.1 8B on v6e-16, but for a third run of
 # the scheduler, which makes compiling three times as long, and the name of a chip's configuration.
 V6E = CHIPS["v6e"].compiler | {
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
     "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
     "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
     "xla_tpu_assign_all_reduce_scatter_layout": "true",
