@@ -102,10 +102,12 @@ def test_a_document_has_no_more_branches_than_a_byte_counts():
     assert documents[0].document().branches.max() == 255
 
 
-def test_splash_never_sees_more_than_two_branches(monkeypatch):
-    assert (attention_for(True), attention_for(False)) == ("auto", "auto")
+def test_splash_never_runs_twice_over_more_than_two_branches(monkeypatch):
+    assert attention_for(True, 4096, None) == "auto"
     monkeypatch.setattr(scoring, "platform", lambda: "tpu")
-    assert (attention_for(True), attention_for(False)) == ("tiled", "auto")
+    rows = ((2049, None), (2048, 2047), (2048, None), (2048, 2048), (100, 4096))
+    assert [attention_for(True, *row) for row in rows] == ["tiled"] * 2 + ["auto"] * 3
+    assert attention_for(False, 4096, 100) == "auto"
 
 
 @pytest.mark.parametrize("request_", [([], [1]), ([1], []), ([1], [1] * (LENGTH + 1))])

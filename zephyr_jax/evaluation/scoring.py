@@ -22,6 +22,7 @@ from zephyr_jax.data.packing.plan import usable_documents
 from zephyr_jax.data.prepare import prepare
 from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.data.text.tokenizer import Tokenizer
+from zephyr_jax.models.attention import ONE_CALL
 from zephyr_jax.models.mistral import ForwardOptions, as_module, token_scores
 from zephyr_jax.sharding import named_sharding, per_device, platform, reshard, spec, step_options
 from zephyr_jax.storage import is_remote
@@ -258,9 +259,10 @@ def _add(
         np.add.at(sums[name], place, np.asarray(values)[targets].astype(np.float64))
 
 
-def attention_for(branched: bool) -> str:
-    """The attention of rows with any number of branches: splash knows two."""
-    return "tiled" if branched and platform() == "tpu" else "auto"
+def attention_for(branched: bool, tokens: int, window: int | None) -> str:
+    """The attention of rows with any number of branches: where splash runs twice, it knows two."""
+    twice = tokens > ONE_CALL or (window or tokens) < tokens
+    return "tiled" if branched and twice and platform() == "tpu" else "auto"
 
 
 def score_at(
@@ -268,7 +270,8 @@ def score_at(
 ) -> tuple[Array, Array]:
     """Log-probs `B N` of the targets that tokens `at` predict, and which are likeliest there."""
     model, branches = as_module(cfg, params), rows.branches if branched else None
-    options = ForwardOptions(attention=attention_for(branched))
+    attention = attention_for(branched, rows.tokens.shape[1], cfg.sliding_window)
+    options = ForwardOptions(attention=attention)
     hidden = model.hidden(rows.tokens, rows.segments, branches, rows.positions, options)
     hidden = reshard(hidden, "BTD")
     take = per_device(
