@@ -145,13 +145,15 @@ def test_log_probs_weigh_the_preference(files):
 
 def test_replies_that_say_nothing_are_counted(files):
     odd = {"choices": None, "error": "x"}
-    faults = {3: "neither", 5: odd, 7: 500, 8: 500, 9: Cut(b'{"id"'), 10: b'{"id"', 12: 500}
+    # No verdict, though some begin with A, or have it among the likeliest tokens.
+    neither = {1: "Answer", 2: completion("Sorry", {"Sorry": -0.1, "A": -8.0}), 3: "Both"}
+    faults = neither | {5: odd, 7: 500, 8: 500, 9: Cut(b'{"id"'), 10: b'{"id"', 12: 500}
     with judge_server(lambda request, n: faults.get(n, "A")) as (url, _):
         result = judged(files, url)
-    assert result["n_without_preference"] == 1
+    assert result["n_without_preference"] == 3
     assert result["failed_requests"]["HTTP 500"] == 3
     assert sum(result["failed_requests"].values()) == 6
-    assert result["n_total"] == 33
+    assert result["n_total"] == 31
 
 
 @pytest.mark.parametrize(
@@ -198,6 +200,10 @@ def test_files_that_do_not_belong_together_are_refused(files, refused, monkeypat
     [
         ("--model=m --questions=q --answers=a --annotations=x", "with --model needs --judge"),
         ("--annotations=x --base_url=http://127.0.0.1:9", "--base_url needs --judge"),
+        ("--annotations=x --limit=1", "--limit needs --model or --judge"),
+        ("--annotations=x --questions=x", "--questions needs --model"),
+        ("--annotations=x --answers=nowhere", "--answers=nowhere does not exist"),
+        ("--annotations=x.json --output=./x.json", "--annotations and --output are both x.json"),
         ("--model=m --questions=nowhere --answers=a", "--questions=nowhere does not exist"),
         ("--model=m --questions=ROOT/blank.json --answers=a", ":2 has an empty instruction"),
     ],

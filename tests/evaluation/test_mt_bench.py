@@ -196,6 +196,24 @@ def test_a_judge_that_answers_nothing_and_a_question_without_text_are_one_line(f
     assert "question.jsonl: question 7 has a turn without text" in refused(*words.split())
 
 
+def test_answers_that_do_not_fit_the_judgments_are_refused(files, refused):
+    with judge_server(lambda *_: "[[9]]") as (url, asked):
+        words = "evaluate", "mt-bench", *judging(files, url)
+        run(files, *words[2:])
+        answer_file(files / "ours.jsonl", "us", ["new", "good too"])
+        assert "j.jsonl holds judgments of other answers (question 2, turn 1)" in refused(*words)
+        (files / "j.jsonl").unlink()
+        answer_file(files / "theirs.jsonl", "us", ["bad", "bad too"])
+        line = refused(*words, f"--baseline={files}/theirs.jsonl")
+        assert "theirs.jsonl are both by us; give each a model_id of its own" in line
+        answer_file(files / "ours.jsonl", "us", [None, "x"])
+        assert "question 2 has no choice with turns" in refused(*words)
+        other = {"question_id": 9, "model_id": "b", "choices": [{"turns": ["x"]}]}
+        write(files / "ours.jsonl", [*rows_of(files / "theirs.jsonl"), other])
+        assert "has answers of b and us; split the file" in refused(*words)
+        assert len(asked) == 8
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

@@ -78,6 +78,8 @@ def test_a_part_of_a_task_is_no_result_of_the_task(files):
     ("content", "message"),
     [
         ("{}", "is no result of evaluate: KeyError('kind')"),
+        (json.dumps(ALPACA | {"numbers": {"win_rate": {"value": "50"}}}), "50, None and None are"),
+        (json.dumps(ALPACA | {"numbers": {"win_rate": {"value": 5, "low": 4}}}), "5, 4 and None"),
         (json.dumps(ALPACA), "has AlpacaEval (alpaca_eval_gpt4) of us, as an earlier file"),
     ],
 )

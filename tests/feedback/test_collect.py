@@ -1,7 +1,9 @@
 """Rounds of feedback: rows, orders undone, stops and faults, judges here."""
 
+import contextlib
 import dataclasses
 import json
+import sqlite3
 import time
 
 import jax
@@ -141,6 +143,7 @@ def at(numbers, fault):
 
 LISTED = {"choices": [{"message": {"content": [{"type": "text", "text": "x"}]}}]}
 HALF = {"choices": [{"message": {"content": "half: \ud800"}}], "usage": {"prompt_tokens": "x"}}
+RATED = [{"answer": i, "rating": "4", "rationale": "\ud83d"} for i in range(1, 5)]
 FAULTS = {
     "429 with Retry-After": (at({2}, (429, {"Retry-After": "1"})), {}),
     "429 without": (at({2}, 429), {}),
@@ -150,6 +153,7 @@ FAULTS = {
     "half a character": (at({2}, HALF), {}),
     "never answering": (at({2, 3}, lambda: time.sleep(1.0)), {}),
     "refused": (at({2}, 400), {"refused": 1}),
+    "half a character of a rating": (at({9, 10}, json.dumps({"ratings": RATED})), {}),
     "always failing": (at({2, 3, 4}, 500), {"missing": 1}),
 }
 
@@ -167,6 +171,30 @@ def test_a_fault_is_retried_or_counted_and_asked_again(tmp_path, name):
         assert sum(len(row["completions"]) for row in rows) == 8 - sum(counts.values())
         again, _ = collected(config, tmp_path / "round")
     assert sum(len(row["completions"]) for row in again) == 8 - counts.get("refused", 0)
+
+
+def test_the_cache_is_not_believed_unchecked(tmp_path):
+    def stored(statement):
+        with contextlib.closing(sqlite3.connect(tmp_path / "r" / "cache.sqlite")) as file, file:
+            return file.execute(statement).rowcount
+
+    refuses = []
+    with judge_server(scripted(lambda *_: 400 if refuses else None)) as (url, _):
+        config = round_of(url, write_prompts(tmp_path, 2), endpoint={"retries": 0})
+        rows, _ = collected(config, tmp_path / "r")
+        changed = "substr(json, 1, 18) || 'X' || substr(json, 20)"
+        assert stored(f"UPDATE reply SET json = {changed} WHERE rowid = 1") == 1
+        again, account = collected(config, tmp_path / "r")
+        assert (again, account["this_call"]["requests"]) == (rows, 1)
+        assert stored("DELETE FROM reply WHERE rowid = 12") == 1
+        refuses.append("this chat")  # of a model that has answered others, in an earlier call
+        _, account = collected(config, tmp_path / "r")
+        assert (account["this_call"]["requests"], account["this_call"]["failed"]) == (1, {})
+    (tmp_path / "r" / "cache.sqlite").write_bytes(b"x" * 9000)
+    with pytest.raises(
+        ValueError, match=r"cache\.sqlite: file is not a database; if it is damaged"
+    ):
+        collect(config, tmp_path / "r", Spending())
 
 
 FATAL = {

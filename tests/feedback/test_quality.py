@@ -86,6 +86,19 @@ def test_the_command_writes_a_page(tmp_path, capsys):
     assert json.loads((folder / "judge.json").read_text())["forms"]["overall"]["ties"]["n"] == 360
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("report --workdir=nowhere", "nowhere holds no finished round: it has no judgements.jsonl"),
+        ("report --workdir=nowhere --max_cost=1", "--max_cost has no effect on report"),
+        ("collect x.jsonl --config=c", "recorded has no effect on collect"),
+        ("collect --config=c --max_cost=nan", "--max_cost=nan must be 0 or more dollars"),
+    ],
+)
+def test_what_has_no_effect_is_refused(refused, words, message):
+    assert message in refused("collect_feedback", *words.split())
+
+
 def test_measures_equal_counting_by_hand(tmp_path):
     folder = write_round(tmp_path / "round", "fair", n=12)
     measures = judge_quality(folder, str(folder / "truth.jsonl"))[0]["forms"]["overall"]

@@ -103,7 +103,9 @@ INVALID = {
     "structured_outputs": [
         ({"json": {"type": "objec"}}, "Invalid type"), ({"regex": "(a"}, "unclosed group"),
         ({"json": {"$ref": "#"}}, "gives it up"), ({"grammar": "start: foo"}, "foo"),
-        ({"choice": 5}, "not valid"), ({"structural_tag": "x"}, "structural_tag"),
+        ({"json": False}, "not valid"),
+        *(({"choice": choice}, "must be a list of texts") for choice in (5, [], "abc", {"a": 1})),
+        ({"structural_tag": "x"}, "structural_tag"),
         ({"regex": "a", "choice": ["a"]}, "exclude each other"),
         ({"regex": "x" * 100_001}, "more than 100000 characters"),
     ],
@@ -309,6 +311,7 @@ def test_bad_flags_are_one_line(refused, monkeypatch):
         "--port=70000": "--port=70000",
         "--max_waiting=-1": "--max_waiting: -1 must be at least 0",
         "--temperature=-1": "temperature=-1.0",
+        "--token=schlüssel": "the token must be of printable ASCII characters",
         "--port=0": "nowhere is not a model",
     }.items():
         assert message in refused("serve", "--model=nowhere", "--port=0", word)

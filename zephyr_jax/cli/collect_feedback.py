@@ -44,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    limits = {"--max_requests": args.max_requests, "--max_cost": args.max_cost}
+    given = {"recorded": args.recorded, "--config": args.config or args.overrides, **limits}
+    for name, value in {**given, "--dry_run": args.dry_run}.items():
+        if value and (name == "recorded") != (args.action == "report"):
+            raise ValueError(f"{name} has no effect on {args.action}; leave it out")
+    if not args.max_cost >= 0:
+        raise ValueError(f"--max_cost={args.max_cost} must be 0 or more dollars")
     if args.action == "report":
         if not args.workdir:
             raise ValueError("report needs --workdir=DIR, the folder of a collected round")

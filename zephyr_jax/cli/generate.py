@@ -45,11 +45,15 @@ def run(args: argparse.Namespace) -> None:
 
     if (args.prompts is None) != (args.output is None):
         raise ValueError("--prompts and --output belong together; give both or neither")
+    if args.prompts and Path(args.prompts).resolve() == args.output.resolve():
+        raise ValueError(f"--prompts and --output are both {args.output}; name another --output")
     system = [{"role": "system", "content": args.system}] if args.system else []
     lines = [] if args.prompts is None else read_lines(Path(args.prompts), system)
     if begun := sum(line.messages[-1]["role"] == "assistant" for line in lines):
         message = "%d of %d conversations end with an answer, which is continued"
         logging.warning(message, begun, len(lines))
+    if replaced := sum("reply" in line.row for line in lines):
+        logging.warning("the reply that %d of %d lines have is replaced", replaced, len(lines))
     sampling = SamplingParams(**flags.sampling_settings(args), stop=args.stop, seed=args.seed)
     with flags.all_devices(args.tensor, args.fsdp):
         cfg, params, tok, _ = load_in(args.model, args.dtype)

@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Serves until SIGINT or SIGTERM."""
-    token = args.token or os.environ.get("ZEPHYR_JAX_TOKEN", "")
+    token = (args.token or os.environ.get("ZEPHYR_JAX_TOKEN", "")).strip()  # files end in a newline
+    if not token.isascii() or not token.isprintable():
+        raise ValueError("the token must be of printable ASCII characters; no header holds others")
     local = args.host in ("localhost", "127.0.0.1", "::1")
     if not local and not token:
         raise ValueError(

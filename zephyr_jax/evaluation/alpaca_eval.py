@@ -80,7 +80,7 @@ def _outputs(questions: Sequence[Row], answering: Answering) -> list[Row]:
 def _annotate(args: argparse.Namespace) -> dict[str, int]:
     """Writes the judge's preferences, null for an odd reply; returns how many requests failed."""
     both = (answers.read_rows(x, OUTPUT, _UNIQUE) for x in (args.answers, args.baseline))
-    pairs = _pair_outputs(*both)
+    pairs = _pair_outputs(*both)[: args.limit]
     requests = []
     for pair in pairs:
         # Which answer is shown first depends on the instruction alone.
@@ -128,14 +128,16 @@ def _pair_outputs(outputs: Sequence[Row], baseline: Sequence[Row]) -> list[Row]:
 
 
 def _share_of_b(reply: Reply) -> float | None:
-    """The probability of B among A and B; by the text alone where there are no log-probs."""
+    """The probability of B among A and B, 0 or 1 without log-probs; None if it is neither."""
+    verdict = reply.text.strip(" \t\n.,:*()[]\"'")
+    if verdict not in ("A", "B"):
+        return None
     weights = {"A": 0.0, "B": 0.0}
     for token, logprob in reply.logprobs.items():
         if token.strip() in weights:
             weights[token.strip()] += math.exp(logprob)
-    if sum(weights.values()) > 0:
-        return weights["B"] / sum(weights.values())
-    return {"A": 0.0, "B": 1.0}.get(reply.text.strip()[:1])
+    total = sum(weights.values())
+    return weights["B"] / total if total else float(verdict == "B")
 
 
 def win_rate(annotations: Sequence[Row]) -> dict[str, Any]:

@@ -52,6 +52,10 @@ def read_rows(
                 raise ValueError(f"{place}: {name} must be of type {wanted}: {row[name]!r}")
             if name in unique and kind is str and not row[name].strip():
                 raise ValueError(f"{place} has an empty {name}; remove the row")
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{place} has half a surrogate pair; correct the row") from error
         key = tuple(json.dumps(row[name]) for name in unique)
         if unique and places.setdefault(key, place) != place:
             names = ", ".join(f"{name} {row[name]!r:.60}" for name in unique)
@@ -63,12 +67,15 @@ def read_rows(
 
 
 def write_rows(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
-    """Writes rows to a .json file as a list, to any other as a line each."""
+    """Writes rows to a .json file as a list, to any other as a line each.
+
+    Half a surrogate pair, which judges write, has no bytes: it becomes a question mark.
+    """
     if Path(path).suffix == ".json":
         text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
     else:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomic(path, text)
+    write_atomic(path, text.encode(errors="replace"))
 
 
 def check_flags(args: argparse.Namespace, verdicts: str, judged: str) -> None:
@@ -76,17 +83,30 @@ def check_flags(args: argparse.Namespace, verdicts: str, judged: str) -> None:
     given = {name for name, value in vars(args).items() if value is not None}
     needs = {"model": ("questions", "answers"), "judge": ("answers", judged, verdicts)}
     needs |= {"baseline": ("judge",), "base_url": ("judge",)}
+    if judged == "baseline":
+        needs["questions"] = ("model",)
     for flag, others in needs.items():
         absent = [f"--{name}" for name in others if name not in given]
         if flag in given and absent:
             raise ValueError(f"--{flag} needs {' and '.join(absent)}")
     if given.isdisjoint({"model", "judge", verdicts}):
         raise ValueError(f"{args.kind} needs --model, --judge or --{verdicts}")
+    if "limit" in given and given.isdisjoint({"model", "judge"}):
+        raise ValueError("--limit needs --model or --judge")
     if {"model", verdicts} <= given and "judge" not in given:
         raise ValueError(f"--{verdicts} with --model needs --judge")
-    for flag in ("questions", "baseline"):
-        if flag in given and not Path(getattr(args, flag)).exists():
-            raise FileNotFoundError(f"--{flag}={getattr(args, flag)} does not exist")
+    paths: dict[Path, str] = {}
+    for flag in ("questions", "answers", "baseline", verdicts, "output"):
+        if flag not in given:
+            continue
+        value = Path(getattr(args, flag))
+        read = flag in ("questions", "baseline") or (flag == "answers" and "model" not in given)
+        if read and not value.exists():
+            raise FileNotFoundError(f"--{flag}={value} does not exist")
+        if (other := paths.setdefault(value.resolve(), flag)) != flag:
+            raise ValueError(
+                f"--{other} and --{flag} are both {value}; one would replace the other"
+            )
     if "judge" in given:
         _endpoint(args)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 from absl import logging
 from tqdm import tqdm
 
@@ -128,22 +129,36 @@ class Cache:
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._file = sqlite3.connect(path, isolation_level=None, timeout=30)
-            self._file.execute("PRAGMA journal_mode=WAL")
-            self._file.execute("CREATE TABLE IF NOT EXISTS reply (key TEXT PRIMARY KEY, json TEXT)")
-        except sqlite3.DatabaseError as error:
-            raise ValueError(f"{path} is no cache of replies ({error}); remove it") from error
+        self._path, self._file = path, sqlite3.connect(path, isolation_level=None, timeout=30)
+        self._run("PRAGMA journal_mode=WAL")
+        self._run("CREATE TABLE IF NOT EXISTS reply (key TEXT PRIMARY KEY, json TEXT)")
         self.close = self._file.close
 
     def get(self, key: str) -> Reply | None:
-        """The reply under a key, None if there is none."""
-        row = self._file.execute("SELECT json FROM reply WHERE key = ?", (key,)).fetchone()
-        return None if row is None else Reply(*json.loads(row[0]))
+        """The reply under a key; None if there is none, or a damaged one, of which a line tells."""
+        row = self._run("SELECT json FROM reply WHERE key = ?", (key,))
+        if row is None:
+            return None
+        text = row[0] if row[0].startswith('["') else row[0][16:]  # older ones have no digest
+        if row[0] not in (text, _sealed(text)):
+            logging.warning("%s: a reply is damaged, and asked for again", self._path)
+            return None
+        return Reply(*json.loads(text))
 
     def __setitem__(self, key: str, reply: Reply) -> None:
-        text = json.dumps(reply, ensure_ascii=False)
-        self._file.execute("INSERT OR REPLACE INTO reply VALUES (?, ?)", (key, text))
+        text = _sealed(json.dumps(reply))
+        self._run("INSERT OR REPLACE INTO reply VALUES (?, ?)", (key, text))
+
+    def _run(self, *statement: Any) -> Any:
+        try:
+            return self._file.execute(*statement).fetchone()
+        except sqlite3.DatabaseError as error:
+            way = "if it is damaged, or no cache, remove it, and replies are asked for again"
+            raise ValueError(f"{self._path}: {error}; {way}") from error
+
+
+def _sealed(text: str) -> str:
+    return xxhash.xxh3_64_hexdigest(text.encode()) + text
 
 
 class _Endpoint:
@@ -165,7 +180,7 @@ class _Endpoint:
         )
         self._turn = 0.0  # when the next request may be sent, where a rate limits them
         self._failures = collections.Counter[str]()  # in a row, by model
-        self._answered: set[str] = set()  # models
+        self.answered: set[str] = set()  # models
         self._omit = {*config.omit}  # fields of a request
 
     async def reply(self, request: Request, attempts: int) -> Reply | None:
@@ -197,7 +212,7 @@ class _Endpoint:
             if omit is bare and self._omit != bare:
                 logging.info("endpoint %s takes no JSON schema or log-probs", self.name)
                 self._omit = bare
-            self._answered.add(model)
+            self.answered.add(model)
             del self._failures[model]
             return self._read(completion, body, request.price)
         return None
@@ -230,18 +245,16 @@ class _Endpoint:
         if not any(used):
             used = [len(str(x)) // CHARACTERS for x in (body["messages"], choice.message.content)]
         self.spending.cost += cost(used, price)
-        first = (getattr(choice.logprobs, "content", None) or [None])[0]
-        tops = {top.token: top.logprob for top in getattr(first, "top_logprobs", None) or []}
         finish = getattr(choice, "finish_reason", None) or "stop"
         if finish == "content_filter" or choice.message.refusal:
             finish = "refused"
         text = (choice.message.content or "").encode(errors="replace").decode()
-        return Reply(text, finish, used, 1, tops)
+        return Reply(text, finish, used, 1, _likeliest(choice.logprobs))
 
     def _failed(self, model: str, error: Any) -> Reply | None:
         """What follows from an error: a refusal, None, or a ValueError that ends the command."""
         status = getattr(error, "status_code", None)
-        if status in (400, 403, 413, 422) and model in self._answered:
+        if status in (400, 403, 413, 422) and model in self.answered:
             return Reply("", "refused")  # it is this chat that is not taken
         reason = f"HTTP {status}" if status else type(error.__cause__).__name__
         reason = reason.replace(f"HTTP {_NO_ANSWER}", "no answer in the reply")
@@ -259,6 +272,14 @@ class _Endpoint:
             f"endpoint {self.name} ({self.config.url}) {problem}: {words}; what was answered is "
             "kept, run the command again to go on"
         )
+
+
+def _likeliest(logprobs: Any) -> dict[str, float]:
+    """The log-probs of the likeliest first tokens in a response; what is none is left out."""
+    content = getattr(logprobs, "content", None)
+    tops = getattr(content[0], "top_logprobs", None) if isinstance(content, list) else None
+    pairs = [(getattr(x, "token", None), finite(getattr(x, "logprob", None))) for x in tops or ()]
+    return {token: min(p, 0.0) for token, p in pairs if isinstance(token, str) and p is not None}
 
 
 def asked_again(reply: str) -> Messages:
@@ -294,6 +315,9 @@ def ask_endpoints(
 
     async def ask_all() -> None:
         opened = [_Endpoint(k, endpoints[k], spending) for k, own in missing.items() if own]
+        for endpoint in opened:  # a model with replies in the cache is there
+            others = (x for x in requests[endpoint.name] if x.key not in missing[endpoint.name])
+            endpoint.answered |= {request.settings["model"] for request in others}
         workers = []
         for endpoint in opened:
             pending = iter(missing[endpoint.name].values())

@@ -71,8 +71,11 @@ def read_answers(path: Path) -> tuple[dict[int, list[str]], Row]:
     rows = answers.read_rows(path, _ANSWER, ("question_id",))
     for row in rows:
         choice = row["choices"][0] if row["choices"] else None
-        if not isinstance(choice, dict) or not isinstance(choice.get("turns"), list):
+        turns = choice.get("turns") if isinstance(choice, dict) else None
+        if not isinstance(turns, list) or not all(isinstance(x, str) for x in turns):
             raise ValueError(f"{path}: question {row['question_id']} has no choice with turns")
+    if len(models := {str(row.get("model_id", "")) for row in rows}) > 1:
+        raise ValueError(f"{path} has answers of {' and '.join(sorted(models))}; split the file")
     return {row["question_id"]: row["choices"][0]["turns"] for row in rows}, rows[0]
 
 
@@ -139,12 +142,16 @@ def _judge_answers(questions: Questions, args: argparse.Namespace) -> dict[str, 
         sides.append(texts)
         if lacking := [number for number, n in turns.items() if len(texts.get(number, ())) < n]:
             raise ValueError(f"{file} lacks an answer to a turn of question {lacking[0]}")
+    if len({*names.values()}) < len(files):
+        both = f"{args.answers} and {args.baseline} are both by {names['model_1']}"
+        raise ValueError(f"{both}; give each a model_id of its own (--name, when they are written)")
     path, todo, requests = args.judgments, [], []
     rows = read_judgments(path) if path.exists() else []
     if rows and (_by(rows[0]) != args.judge or ("model" in names) != ("model" in rows[0])):
         raise ValueError(f"{path} holds another judge's or other judgments; name another file")
     key = ("question_id", "turn", *names)
-    done = {tuple(map(row.get, key)) for row in rows}
+    done = {tuple(map(row.get, key)): row for row in rows}
+    asked = "user_prompt" if "model" in names else "g1_user_prompt"
     for question in questions.rows:
         number = question["question_id"]
         for turn in range(1, turns[number] + 1):
@@ -152,9 +159,14 @@ def _judge_answers(questions: Questions, args: argparse.Namespace) -> dict[str, 
             filled = [_prompt(questions, question, turn, order) for order in orders[: len(sides)]]
             row = {"question_id": number, **names, "judge": [args.judge, filled[0][0]]}
             row["turn"] = turn
-            if tuple(map(row.get, key)) not in done:
-                todo.append((row, [chat[1]["content"] for _, chat in filled]))
+            prompts = [chat[1]["content"] for _, chat in filled]
+            known = done.get(tuple(map(row.get, key)))
+            if known is None:
+                todo.append((row, prompts))
                 requests += [chat for _, chat in filled]
+            elif known.get(asked, prompts[0]) != prompts[0]:
+                what = f"holds judgments of other answers (question {number}, turn {turn})"
+                raise ValueError(f"{path} {what}; name another file")
     replies, failed = answers.ask_judge(args, path, requests, max_tokens=2048)
     texts = iter(reply and reply.text for reply in replies)
     for row, prompts in todo:

@@ -62,6 +62,11 @@ class Number:
     low: float | None = None
     high: float | None = None
 
+    def __post_init__(self) -> None:
+        ends = () if self.low is None and self.high is None else (self.low, self.high)
+        if not all(isinstance(x, int | float) for x in (self.value, *ends)):
+            raise TypeError(f"{self.value}, {self.low} and {self.high} are no numbers")
+
     def __str__(self) -> str:
         text = f"{self.value:.4g}" if abs(self.value) < 1 else f"{self.value:.2f}"
         return text if self.low is None else f"{text} ({self.low:.2f} to {self.high:.2f})"
@@ -139,7 +144,7 @@ def _entries(result: dict[str, Any]) -> Any:
         own = row["numbers"]
         settings = row.get("settings") or {x: row[x] for x in _SETTINGS if x in row}
         numbers = {columns[x]: Number(**own[x]) for x in columns if x in own}
-        yield row["model"], numbers, _text(name, row.get("digest"), settings)
+        yield str(row["model"]), numbers, _text(name, row.get("digest"), settings)
 
 
 def _harness_numbers(result: dict[str, Any]) -> dict[str, Number]:

@@ -202,7 +202,10 @@ def judge(
     for each, form in itertools.product(answered, config.judge.forms):
         values = [rating_of(rated, form) for rated in ratings[each.prompt.id]]
         judgements.append(_judgement(each, form, 0, None, values))
-    counts = Counter("rated" if x else "not_rated" for xs in ratings.values() for x in xs)
+    counts = Counter[str]()
+    for rated in itertools.chain(*ratings.values()):
+        values = [rating_of(rated, form) for form in config.judge.forms]
+        counts["not_rated" if values.count(None) == len(values) else "rated"] += 1
     return ratings, judgements, dict(counts)
 
 
@@ -310,5 +313,6 @@ def rating_of(completion: Mapping[str, Any], form: str) -> float | None:
     """The rating of a completion on a form, None if it has none."""
     if form == OVERALL:
         return finite(completion.get("overall_score"))
-    annotations = completion.get("annotations") or {}
-    return mean_rating({"annotations": {form: annotations.get(form)}})
+    annotations = completion.get("annotations")
+    own = annotations.get(form) if isinstance(annotations, dict) else None
+    return mean_rating({"annotations": {form: own}})

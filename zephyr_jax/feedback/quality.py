@@ -51,6 +51,8 @@ def judge_quality(
     `recorded` is a file of rated rows of the answers. A FileNotFoundError if the folder holds no
     round, a ValueError if nothing can be measured.
     """
+    if not (folder / JUDGEMENTS).is_file():
+        raise FileNotFoundError(f"{folder} holds no finished round: it has no {JUDGEMENTS}")
     verify(folder, required=False, remedy="run the round again, which asks nothing twice")
     files: Any = ([row for _, row in numbered_rows(folder / x)] for x in (JUDGEMENTS, ROWS))
     judgements, rows = files

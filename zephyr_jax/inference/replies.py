@@ -97,6 +97,8 @@ def grammar(served: ServedModel, kind: str, value: Any) -> str:
     elif kind == "regex":
         rules = matcher.grammar_from_regex(value)
     elif kind == "choice":
+        if not isinstance(value, list) or not value:
+            raise ValueError("choice must be a list of texts")
         texts = (json.dumps(text, ensure_ascii=False) for text in value)
         rules = matcher.grammar_from_lark(f"start: {' | '.join(texts)}")
     elif kind == "grammar":

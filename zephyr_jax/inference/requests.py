@@ -163,7 +163,8 @@ class _Body(BaseModel):
         """What replies must be made of, in llguidance's form."""
         wanted = [("structured_outputs", *one) for one in (self.structured_outputs or {}).items()]
         wanted.append(("response_format", "json", _json_schema(self.response_format)))
-        wanted = [entry for entry in wanted if entry[2] not in (None, False, "", [])]
+        off = (None,), ("json_object", False)
+        wanted = [entry for entry in wanted if entry[2:] not in off and entry[1:] not in off]
         if not wanted:
             return None
         (name, kind, value), *more = wanted
