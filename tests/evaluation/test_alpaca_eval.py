@@ -14,7 +14,7 @@ from raw_rows import write
 
 import zephyr_jax as zj
 from zephyr_jax.__main__ import main
-from zephyr_jax.evaluation import answers, endpoints
+from zephyr_jax.evaluation import answers
 from zephyr_jax.evaluation.alpaca_eval import ANNOTATION, length_controlled, win_rate
 from zephyr_jax.evaluation.answers import read_rows
 from zephyr_jax.evaluation.endpoints import EndpointConfig
@@ -229,7 +229,7 @@ def test_a_models_outputs_have_the_format(world, tmp_path, monkeypatch):
     own = [zj.generate(*model[:3], [text], max_new_tokens=3)[0] for text in texts[:3]]
     assert [row["output"] for row in rows[:3]] == own
     (tmp_path / "o.json").unlink()
-    monkeypatch.setattr(endpoints, "generate_each", None)  # what was sampled is not sampled again
+    monkeypatch.setattr(answers, "generate_each", None)  # what was sampled is not sampled again
     main(["evaluate", "alpaca-eval", *words.split()])
     assert json.loads((tmp_path / "o.json").read_text()) == rows
 

@@ -7,19 +7,21 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import logging
+from tqdm import tqdm
 
 from zephyr_jax.data.raw.readers import numbered_rows
 from zephyr_jax.data.raw.schema import Row
 from zephyr_jax.evaluation import endpoints
 from zephyr_jax.evaluation.endpoints import Cache, EndpointConfig, Messages, Reply, content_key
+from zephyr_jax.inference.generate import generate_each, prompt_ids
 from zephyr_jax.inference.sampling import SamplingParams
 from zephyr_jax.storage import write_atomic
-from zephyr_jax.weights.checkpoint import params_digest
+from zephyr_jax.weights.checkpoint import Model, params_digest
 from zephyr_jax.weights.sources import load_in
 
 FACTS = ("digest", "settings")  # what our answers say of themselves, next to their format's columns
@@ -133,7 +135,7 @@ class Answering:
         keys = [content_key("answer", decides, i, chat) for i, chat in enumerate(full)]
         missing = {i for i, key in enumerate(keys) if self._cache.get(key) is None}
         how = sampling, self._args.rows, missing
-        for i, reply in endpoints.batched_replies(self._model, full, *how):
+        for i, reply in batched_replies(self._model, full, *how):
             self._cache[keys[i]] = reply
         replies = [self._cache.get(key) or Reply("", "") for key in keys]
         if long := sum(reply.finish == "too_long" for reply in replies):
@@ -183,3 +185,30 @@ def _endpoint(args: argparse.Namespace) -> EndpointConfig:
         )
     key = _KEY if os.environ.get(_KEY) else ""
     return EndpointConfig(url or "https://api.openai.com/v1", key)
+
+
+def batched_replies(
+    model: Model,
+    chats: Sequence[Messages],
+    sampling: SamplingParams,
+    n_rows: int,
+    wanted: set[int] | None = None,
+    name: str = "sample",
+) -> Iterator[tuple[int, Reply]]:
+    """The number of each wanted chat and its reply, as they come, `n_rows` at a time.
+
+    A sampled reply depends on its chat's number, not on the batches. One that has no position is
+    empty: `too_long`.
+    """
+    cfg, tok = model.cfg, model.tokenizer
+    rows = [prompt_ids(tok, chat) for chat in chats]
+    numbers = sorted(range(len(rows)) if wanted is None else wanted)
+    fitting = [i for i in numbers if len(rows[i]) < cfg.max_position_embeddings]
+    yield from ((i, Reply("", "too_long")) for i in sorted({*numbers} - {*fitting}))
+    if fitting:
+        prompts = [rows[i] for i in fitting]
+        texts = generate_each(cfg, model.params, tok, prompts, sampling, n_rows, numbers=fitting)
+        for at, text in tqdm(texts, total=len(fitting), desc=name, unit="reply"):
+            i, n = fitting[at], len(tok.encode(text))
+            finish = "stop" if n < sampling.max_new_tokens else "length"
+            yield i, Reply(text, finish, (len(rows[i]), n))

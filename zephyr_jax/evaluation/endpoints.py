@@ -1,4 +1,4 @@
-"""Chats with models behind OpenAI's interface, or here in batches; each reply is kept by a key."""
+"""Chats with models behind OpenAI's interface; each reply is kept by a key."""
 
 from __future__ import annotations
 
@@ -23,9 +23,6 @@ from tqdm import tqdm
 
 from zephyr_jax.config import positive, require
 from zephyr_jax.data.raw.binarize import finite
-from zephyr_jax.inference.generate import generate_each, prompt_ids
-from zephyr_jax.inference.sampling import SamplingParams
-from zephyr_jax.weights.checkpoint import Model
 
 Messages = list[dict[str, str]]
 CHARACTERS = 4  # of a token, in estimates
@@ -188,7 +185,8 @@ class _Endpoint:
         again, tokens, attempt = [], np.zeros(2, int), 1
         while reply := await self._ask(request, again):
             tokens += reply.tokens
-            if attempt == attempts or request.readable(reply.text):
+            final = attempt == attempts or reply.finish == "refused"
+            if final or request.readable(reply.text):
                 return reply._replace(tokens=tokens.tolist(), attempts=attempt)
             again += asked_again(reply.text)
             attempt += 1
@@ -277,8 +275,10 @@ class _Endpoint:
 def _likeliest(logprobs: Any) -> dict[str, float]:
     """The log-probs of the likeliest first tokens in a response; what is none is left out."""
     content = getattr(logprobs, "content", None)
-    tops = getattr(content[0], "top_logprobs", None) if isinstance(content, list) else None
-    pairs = [(getattr(x, "token", None), finite(getattr(x, "logprob", None))) for x in tops or ()]
+    first = content[0] if isinstance(content, list) and content else None
+    tops = getattr(first, "top_logprobs", None)
+    tops = tops if isinstance(tops, list) else []
+    pairs = [(getattr(x, "token", None), finite(getattr(x, "logprob", None))) for x in tops]
     return {token: min(p, 0.0) for token, p in pairs if isinstance(token, str) and p is not None}
 
 
@@ -315,12 +315,12 @@ def ask_endpoints(
 
     async def ask_all() -> None:
         opened = [_Endpoint(k, endpoints[k], spending) for k, own in missing.items() if own]
-        for endpoint in opened:  # a model with replies in the cache is there
-            others = (x for x in requests[endpoint.name] if x.key not in missing[endpoint.name])
-            endpoint.answered |= {request.settings["model"] for request in others}
         workers = []
         for endpoint in opened:
-            pending = iter(missing[endpoint.name].values())
+            own = missing[endpoint.name]
+            known = {x.settings["model"] for x in requests[endpoint.name] if x.key not in own}
+            endpoint.answered |= known  # a model with replies in the cache is there
+            pending = iter(own.values())
             workers += [work(endpoint, pending) for _ in range(endpoint.config.concurrency)]
         await asyncio.gather(*workers)
         await asyncio.gather(*(endpoint.client.close() for endpoint in opened))
@@ -332,31 +332,3 @@ def ask_endpoints(
             asyncio.run(ask_all())
     for error in errors:
         raise error
-
-
-def batched_replies(
-    model: Model,
-    chats: Sequence[Messages],
-    sampling: SamplingParams,
-    n_rows: int,
-    wanted: set[int] | None = None,
-    name: str = "sample",
-) -> Iterator[tuple[int, Reply]]:
-    """The number of each wanted chat and its reply, as they come, `n_rows` at a time.
-
-    A sampled reply depends on its chat's number, not on the batches. One that has no position is
-    empty: `too_long`.
-    """
-    cfg, tok = model.cfg, model.tokenizer
-    rows = [prompt_ids(tok, chat) for chat in chats]
-    numbers = sorted(range(len(rows)) if wanted is None else wanted)
-    fitting = [i for i in numbers if len(rows[i]) < cfg.max_position_embeddings]
-    yield from ((i, Reply("", "too_long")) for i in sorted({*numbers} - {*fitting}))
-    if fitting:
-        prompts = [rows[i] for i in fitting]
-        inputs = cfg, model.params, tok, prompts, sampling
-        texts = generate_each(*inputs, n_rows, numbers=fitting)
-        for at, text in tqdm(texts, total=len(fitting), desc=name, unit="reply"):
-            i, n = fitting[at], len(tok.encode(text))
-            finish = "stop" if n < sampling.max_new_tokens else "length"
-            yield i, Reply(text, finish, (len(rows[i]), n))

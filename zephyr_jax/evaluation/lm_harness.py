@@ -18,7 +18,7 @@ from tqdm import tqdm
 from zephyr_jax.data.packing import packing
 from zephyr_jax.data.text.chat import CHAT_TEMPLATE, render_text
 from zephyr_jax.evaluation import scoring
-from zephyr_jax.evaluation.endpoints import batched_replies
+from zephyr_jax.evaluation.answers import batched_replies
 from zephyr_jax.evaluation.scoring import SequenceTargets, Shared
 from zephyr_jax.evaluation.table import SUITES
 from zephyr_jax.inference.decoding import cast_params

@@ -20,6 +20,7 @@ from zephyr_jax.data.raw.readers import numbered_rows
 from zephyr_jax.data.raw.schema import Row, prompt_digest
 from zephyr_jax.data.raw.sources import find_sources
 from zephyr_jax.evaluation import endpoints
+from zephyr_jax.evaluation.answers import batched_replies
 from zephyr_jax.evaluation.endpoints import Cache, Request, Spending
 from zephyr_jax.feedback.config import SYSTEM_PROMPTS, AskedConfig, FeedbackConfig, PromptsConfig
 from zephyr_jax.storage import files_below
@@ -166,7 +167,7 @@ def ask(
         chats, attempt = [request.chat(False) for request in requests], 1
         while lacks.any():
             how = one.sampling(), config.batch_size, set(np.flatnonzero(lacks).tolist()), name
-            for i, reply in endpoints.batched_replies(loaded[one.model], chats, *how):
+            for i, reply in batched_replies(loaded[one.model], chats, *how):
                 fits = requests[i].readable(reply.text) or reply.finish == "too_long"
                 lacks[i] = not fits and attempt < attempts
                 if lacks[i]:
