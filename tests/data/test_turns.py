@@ -1,5 +1,6 @@
 """Turns as people write them: kin of the roles, parts, tools, and what is not read."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -69,6 +70,9 @@ def test_parts_that_are_no_text_drop_the_row_and_are_counted():
         ({"role": "assistant", "content": 3}, "wrong_type:messages[1].content"),
         ({"role": "assistant", "content": ["a", 3]}, "wrong_type:messages[1].content[1]"),
         ({"role": "assistant", "content": [{"type": "text"}]}, "wrong_type:messages[1].content[0]"),
+        ({"role": "assistant", "tool_calls": "run it"}, "no_function:messages[1]='run it'"),
+        ({"role": "assistant", "tool_calls": [{"id": 3}]}, "no_function:messages[1]={'id': 3}"),
+        ({"from": "function_call", "value": "[7]"}, "no_function:messages[1]=7"),
     ],
 )
 def test_a_turn_that_cannot_be_read_is_a_bad_row(turn, reason):
@@ -103,8 +107,10 @@ SHAREGPT = sharegpt(
     ("observation", "42"),
     ("gpt", "It is 42."),
 )
+TEXT = [QUESTION, CALLING | {"tool_calls": json.dumps([json.dumps(WRITTEN)])}, *OPENAI[2:]]
 TOOL_ROWS = {
     "openai": ({"messages": OPENAI}, {"id": "c1"}, {"tool_call_id": "c1"}),
+    "text": ({"messages": TEXT}, {"id": "c1"}, {"tool_call_id": "c1"}),
     "legacy": ({"messages": LEGACY}, {}, {"name": "code"}),
     "sharegpt": ({"conversations": SHAREGPT}, {}, {}),
 }
