@@ -132,7 +132,7 @@ def _candidates(source: str, schema: Schema) -> tuple[dict[str, Path], dict[str,
         # What is there by its literal name is no pattern, whatever the characters in it.
         root = next(parent for parent in place.parents if parent.exists())
         matches = glob.glob(str(place.relative_to(root)), root_dir=root, recursive=True)
-        paths = sorted(path for path in (root / match for match in matches) if path.is_file())
+        paths = sorted(path for path in (root / match for match in matches) if _is_file(path))
         if not paths:
             expected = "a folder, file or matching pattern, or a hub id (org/name)"
             hub.check_name(source, f"--source={source} is not {expected}")
@@ -148,13 +148,21 @@ def _has_rows(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and name.split("/")[-1] not in _METADATA
 
 
+def _is_file(path: Path) -> bool:
+    """Whether a path is a file; a FileNotFoundError for a link that leads nowhere."""
+    if path.is_symlink() and not path.exists():
+        why = f"{path} is a link to {path.readlink()}, which is not there"
+        raise FileNotFoundError(f"{why}: put that back, or remove the link")
+    return path.is_file()
+
+
 def _files_in(folder: Path) -> list[Path]:
     """The files with rows in a folder, or, where it has none, in the folders of it and of these."""
     deep = sorted(
         path
         for pattern in ("*", "*/*", "*/*/*")
         for path in folder.glob(pattern)
-        if path.is_file() and "/." not in f"/{path.relative_to(folder).as_posix()}"
+        if "/." not in f"/{path.relative_to(folder).as_posix()}" and _is_file(path)
     )
     paths = [path for path in deep if _has_rows(path.name)]
     if not paths:
