@@ -237,13 +237,24 @@ def test_verify_compares_a_model_and_what_it_was_imported_from(
         zj.load_model(tmp_path / "ours")
 
 
-def test_weights_that_are_no_numbers_are_not_exported(cfg, params, tok, tmp_path):
+def test_weights_that_are_no_numbers_are_neither_exported_nor_used(
+    cfg, params, tok, tmp_path, refused
+):
     broken = jax.tree.map(np.copy, params)
     broken["layers"]["mlp"]["up"][1, 2, 3] = np.nan
     for write, place in ((zj.export_hf, "hf"), (export_gguf, "x.gguf")):
         with pytest.raises(ValueError, match=r"(layers.1|blk.1).*up.* are not finite; take a chec"):
             write(cfg, broken, tok, tmp_path / place)
     assert not list(tmp_path.iterdir())
+    bad = zj.export_hf(cfg, params, tok, tmp_path / "bad")
+    (bad / "digests.json").unlink()
+    tensors = load_file(bad / "model.safetensors")
+    tensors["lm_head.weight"][3, 4] = np.inf
+    save_file(tensors, bad / "model.safetensors")
+    port = ["port_weights", "import", bad, tmp_path / "ours"]
+    for words in (port, ["generate", "--prompt=x", f"--model={bad}"]):
+        assert f"['head'] has values that are not finite in {bad}; restore" in refused(*words)
+    assert not (tmp_path / "ours").exists()
 
 
 def test_a_disk_without_room_is_named_before_work_begins(cfg, params, tok, tmp_path, monkeypatch):

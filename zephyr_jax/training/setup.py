@@ -34,7 +34,6 @@ from zephyr_jax.types import Params, TrainState
 from zephyr_jax.weights import sources
 from zephyr_jax.weights.checkpoint import Checkpointer, Model, params_digest, saved_steps
 from zephyr_jax.weights.exports import check_exportable
-from zephyr_jax.weights.layouts import not_finite
 
 
 @dataclasses.dataclass
@@ -230,8 +229,7 @@ def _initial(config: RunConfig) -> tuple[Params, list[str], MistralConfig]:
 def _load_same(config: RunConfig, source: str) -> Model:
     model = sources.load_model(source, config.data.tokenizer)
     check_same_model(config.model, model.cfg, source)
-    if problem := not_finite(model.params):
-        raise ValueError(f"{problem} in {source}; restore it")
+    sources.check_finite(model.params, source)
     return model
 
 

@@ -25,6 +25,7 @@ from zephyr_jax.types import Params
 from zephyr_jax.weights import checkpoint, safetensors
 from zephyr_jax.weights.checkpoint import FOLDER, Model
 from zephyr_jax.weights.huggingface import load_hf
+from zephyr_jax.weights.layouts import not_finite
 from zephyr_jax.weights.safetensors import ADAPTER_CONFIG, INDEX, SINGLE
 
 with epy.lazy_imports():  # the package gguf is slow to import
@@ -212,11 +213,18 @@ def load_model(
 
 
 def load_in(source: str, dtype: str | None) -> Model:
-    """The model with its parameters and its computation in `dtype`; None: the model's own."""
+    """The model with its parameters and its computation in `dtype`, checked; None: its own."""
     model = load_model(source, dtype=dtype)
+    check_finite(model.params, source)
     if dtype:
         model = model._replace(cfg=dataclasses.replace(model.cfg, dtype=dtype))
     return model
+
+
+def check_finite(params: Params, source: str) -> None:
+    """Raises a ValueError that names the parameters, from `source`, that hold nan or inf."""
+    if problem := not_finite(params):
+        raise ValueError(f"{problem} in {source}; restore it, or take another model")
 
 
 def load_adapters(source: str | os.PathLike[str]) -> Adapters:
