@@ -105,8 +105,9 @@ class OptimConfig:
         require(0 <= self.warmup_ratio <= 1, "optim.warmup_ratio", self.warmup_ratio, "in [0, 1]")
         name, share = self.schedule_and_share
         choose("optim.schedule", name, SCHEDULES)
-        holds = share <= 1 and (name == "wsd" or isinstance(self.schedule, str))
-        require(holds, "optim.schedule", self.schedule, "a name, or {'wsd': SHARE} with SHARE <= 1")
+        holds = share <= 1 and self.schedule in (name, {"wsd": share})
+        rule = "a name, or {'wsd': SHARE} alone with SHARE <= 1"
+        require(holds, "optim.schedule", self.schedule, rule)
         rule = "0 under optim.schedule=constant; or take constant_with_warmup"
         holds = name != "constant" or not self.warmup_ratio
         require(holds, "optim.warmup_ratio", self.warmup_ratio, rule)
@@ -178,9 +179,10 @@ class TrainConfig:
         for name in ("epochs", "max_steps", "eval_every", "checkpoint_every"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}", value, "0 or more")
-        _, patience = self.best_and_patience
-        rule = "a metric, or {'METRIC': EVALUATIONS}"
-        require(patience % 1 == 0, "train.keep_best", self.keep_best, rule)
+        metric, patience = self.best_and_patience
+        holds = patience % 1 == 0 and self.keep_best in (metric, {metric: patience})
+        rule = "a metric, or {'METRIC': EVALUATIONS} of one metric"
+        require(holds, "train.keep_best", self.keep_best, rule)
         choose("train.remat", self.remat, REMATS if isinstance(self.remat, str) else SAVED)
         choose("train.trackers", self.trackers, TRACKERS)
         for name, value in self.bad_steps.items():
