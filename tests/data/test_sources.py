@@ -39,6 +39,7 @@ def test_bad_rows_are_counted_and_too_many_stop(raw, tmp_path):
         ("page.json", RAW, ValueError, r"page\.json: its first row is bad_json"),
         ("empty.jsonl", RAW, ValueError, r"empty\.jsonl: it has no rows"),
         ("cut/a.parquet", RAW, ValueError, r"a\.parquet is damaged"),
+        ("twice.parquet", RAW, ValueError, r"twice\.parquet has two columns data: write it with"),
         ("links", RAW, FileNotFoundError, r"links/a\.jsonl is a link to gone/b\.jsonl, which is"),
         ("links/*.jsonl", RAW, FileNotFoundError, r"a\.jsonl is a link to gone/b\.jsonl"),
         ("links/a.jsonl", RAW, FileNotFoundError, r"a\.jsonl is a link to gone/b\.jsonl"),
@@ -50,6 +51,8 @@ def test_sources_that_do_not_fit(raw, tmp_path, source, schema, kind, message):
     write(tmp_path / "empty.jsonl", [])
     (tmp_path / "page.json").write_text("<html>\n</html>")
     write(tmp_path / "two.json", [{"train": [dialogue(1)], "test": [dialogue(2)]}])
+    twice = pa.Table.from_arrays([pa.array(["a"])] * 3, ["id", "data", "data"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
     write(tmp_path / "links" / "b.jsonl", [dialogue(3)])
     (tmp_path / "links" / "a.jsonl").symlink_to("gone/b.jsonl")
     (tmp_path / "cut").mkdir()

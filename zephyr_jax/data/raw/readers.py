@@ -69,6 +69,9 @@ def read_rows(chunk: Chunk, max_row_mb: int = MAX_ROW_MB) -> Iterator[Row | str 
     with _explained(path):
         if path.suffix.lower() == ".parquet":
             with pq.ParquetFile(path) as file:
+                names = file.schema_arrow.names
+                if twice := next((name for name in names if names.count(name) > 1), ""):
+                    raise ValueError(f"{path} has two columns {twice}: write it with one of them")
                 for batch in file.iter_batches(_BATCH_ROWS, list(range(chunk.start, chunk.stop))):
                     yield from batch.to_pylist()
             return
