@@ -7,7 +7,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from zephyr_jax.weights.layouts import from_parts
 from zephyr_jax.weights.safetensors import INDEX, SINGLE, SafetensorsReader, write_safetensors
@@ -77,8 +77,14 @@ def test_broken_folders_are_named_in_one_line(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     error(FileNotFoundError, r".bin files are pickles.*save the model as safetensors")
     (tmp_path / "pytorch_model.bin").unlink()
-    files = write(tmp_path, tensors(), max_shard_bytes=260)
-    shard = tmp_path / files[1]
+    arrays = tensors()
+    files = write(tmp_path, arrays, max_shard_bytes=260)
+    shard, index = tmp_path / files[1], (tmp_path / INDEX).read_text()
+    (tmp_path / INDEX).write_text(index.replace(files[1], files[2], 1))
+    error(ValueError, f"tensor a is not in {files[2]}; copy or")
+    (tmp_path / INDEX).write_text(index)
+    save_file({name: arrays[name] for name in "ad"}, tmp_path / files[2])
+    error(ValueError, f"tensor a is in {files[1]} and in {files[2]}; copy or")
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-4])
     error(ValueError, f"{files[1]} is truncated or corrupt \\({len(whole) - 4} bytes")

@@ -22,6 +22,7 @@ INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 MAX_SHARD_BYTES = 5_000_000_000
 WRITER = {"writer": "zephyr_jax"}  # metadata of every file that is written here
+_AGAIN = "copy or download the model again"
 Shapes = Mapping[str, tuple[int, ...]]
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # our name -> that in a file
 
@@ -105,19 +106,28 @@ class SafetensorsReader:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         path = Path(path)
-        files = [path / SINGLE]  # preferred to an index, as by transformers
+        files, index = [path / SINGLE], {}  # preferred to an index, as by transformers
         if not path.is_dir():
             files = [path]
         elif not files[0].is_file():
             if not (path / INDEX).is_file():
                 raise no_weights(path, [file.name for file in path.iterdir()])
-            files = [path / file for file in sorted(set(read_index(path).values()))]
+            index = read_index(path)
+            files = [path / file for file in sorted(set(index.values()))]
         if missing := [file.name for file in files if not file.is_file()]:
             listed = f"{', '.join(missing):.200}"
             raise FileNotFoundError(f"{path} lacks {listed}; copy or download it again")
-        opened = [_open(file) for file in files]
-        self._slices = {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118
-        self.metadata: dict[str, str] = opened[0].metadata() or {}
+        opened = {file.name: _open(file) for file in files}
+        holders: dict[str, str] = {}
+        held = ((name, file) for file, tensors in opened.items() for name in tensors.keys())  # noqa: SIM118
+        for name, file in held:
+            if (other := holders.setdefault(name, file)) != file:
+                raise ValueError(f"{path}: tensor {name} is in {other} and in {file}; {_AGAIN}")
+        for name, file in index.items():
+            if holders.get(name) != file:
+                raise ValueError(f"{path / INDEX}: tensor {name} is not in {file}; {_AGAIN}")
+        self._slices = {name: opened[file].get_slice(name) for name, file in holders.items()}
+        self.metadata: dict[str, str] = opened[files[0].name].metadata() or {}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
