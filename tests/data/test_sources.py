@@ -1,3 +1,5 @@
+import math
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -70,6 +72,9 @@ def test_arguments_that_do_not_fit(raw, tmp_path):
     ):
         with pytest.raises(ValueError, match=match):
             prepare(*arguments)
+    for name, value in (("max_row_mb", 0), ("max_row_mb", 10**9), ("max_bad_fraction", math.nan)):
+        with pytest.raises(ValueError, match=f"{name}={value} must be .*from"):
+            prepare("ultrachat", raw, tmp_path, **{name: value})
 
 
 def test_one_file_and_globs(raw, tmp_path):

@@ -22,6 +22,13 @@ def at_least(smallest: int) -> Callable[[str], int]:
     return whole_number
 
 
+def not_empty(text: str) -> str:
+    """The type of a flag that an unset variable of the shell would leave without its value."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; is a variable of the shell not set?")
+    return text
+
+
 def output_file(text: str) -> Path:
     """The type of a flag that names a file to write, in a folder that is there."""
     path = Path(text).expanduser()
@@ -43,12 +50,12 @@ def adder(flag: str, **defaults: Any) -> Callable[..., None]:
 
 
 add_config = adder("--config", required=True)
-add_data_dir = adder("--data_dir")
+add_data_dir = adder("--data_dir", type=not_empty)
 add_split = adder("--split")
 add_rows = adder("--rows")
 add_overwrite = adder("--overwrite", action="store_true")
 add_limit = adder("--limit", type=at_least(1), metavar="N")
-add_workdir = adder("--workdir")
+add_workdir = adder("--workdir", type=not_empty)
 add_output = adder("--output", type=output_file, metavar="FILE.json")
 add_seed = adder("--seed", type=int, default=0, help="random seed")
 add_system = adder("--system", default="", help="system message before the conversation")

@@ -34,12 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", choices=DATASETS)
     add = parser.add_argument
     formats = "jsonl, JSON (also .gz, .zst) or parquet"
-    add("--source", required=True, help=f"folder, file or glob of {formats}, or org/name@REVISION")
+    source = f"folder, file or glob of {formats}, or org/name@REVISION"
+    add("--source", type=flags.not_empty, required=True, help=source)
     output = "output root: DATA_DIR/DATASET/CONFIG_NAME/VERSION"
     flags.add_data_dir(parser, required=True, help=output)
     name = "raw (default) or, as published, 200k or binarized; own sets: any name (default own)"
-    add("--config_name", help=name)
-    add("--workers", type=int, default=0, help="number of processes (default: one per core)")
+    add("--config_name", type=flags.not_empty, help=name)
+    workers = "number of processes (default: one per core)"
+    add("--workers", type=flags.at_least(0), default=0, help=workers)
     add("--max_bad_fraction", type=float, default=0.01, help="tolerated fraction of unfit rows")
     add("--max_row_mb", type=int, default=64, help="longest line that is read, in MB (64)")
     flags.add_overwrite(parser, "replace a set made from other files or rules")

@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pack = "only pack the data set, as before a run on several hosts"
     parser.add_argument("--pack_only", action="store_true", help=pack)
     samples = "the report shows replies of each checkpoint to N held-out prompts (0: none)"
-    parser.add_argument("--samples", type=int, metavar="N", default=SAMPLES, help=samples)
+    number = flags.at_least(0)
+    parser.add_argument("--samples", type=number, metavar="N", default=SAMPLES, help=samples)
     distributed.add_arguments(parser)
 
 

@@ -105,6 +105,10 @@ class Plan:
     max_row_mb: int = MAX_ROW_MB  # a longer line of a text is a row that does not fit
 
     def __post_init__(self):
+        holds = 0.0 <= self.max_bad_fraction <= 1.0
+        require(holds, "max_bad_fraction", self.max_bad_fraction, "a fraction from 0 to 1")
+        holds = 0 < self.max_row_mb <= 1 << 20
+        require(holds, "max_row_mb", self.max_row_mb, f"from 1 to {1 << 20}")
         named = [file.name for file in self.sources.files if file.split == self.schema.splits[1]]
         if named and self.selection.holdout is not None:
             raise ValueError(
