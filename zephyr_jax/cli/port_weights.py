@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from absl import logging
+from etils import epath
 
 from zephyr_jax.cli import flags
 from zephyr_jax.hub import check_login, push
 from zephyr_jax.reports.run import model_card_fields
 from zephyr_jax.weights import sources
-from zephyr_jax.weights.checkpoint import Model, check_vacant, save_model
+from zephyr_jax.weights.checkpoint import Model, check_vacant, save_model, saved_steps
 from zephyr_jax.weights.exports import check_replaceable
 from zephyr_jax.weights.gguf import export_gguf
 from zephyr_jax.weights.huggingface import export_hf, hf_layout, read_config
@@ -61,6 +62,10 @@ def run(args: argparse.Namespace) -> None:
         _import(args)
         return
     if args.step:
+        steps = [str(step) for step in saved_steps(epath.Path(args.source))]
+        if args.step not in ("best", *steps):
+            held = ", ".join(steps) or "none"
+            raise ValueError(f"--step={args.step} is no step of {args.source}, which has {held}")
         args.source = f"{args.source.rstrip('/')}/checkpoints/{args.step}"
     path = _export_peft(args) if args.format == "peft" else _export_model(args)
     logging.info("%s is in %s", args.source, path)

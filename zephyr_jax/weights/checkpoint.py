@@ -82,6 +82,9 @@ def workdir_and_steps(folder: epath.Path) -> tuple[epath.Path, list[int]]:
     """The workdir and its steps; where `folder` is that of a step, only this one."""
     folder = step_folder(folder)
     if folder.parent.name == FOLDER:
+        if not folder.name.isdigit():
+            held = ", ".join(map(str, saved_steps(folder.parents[1]))) or "none"
+            raise ValueError(f"{folder} is not that of a step; the run has {held}")
         return folder.parents[1], [int(folder.name)]
     return folder, saved_steps(folder)
 
