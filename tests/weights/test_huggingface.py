@@ -153,6 +153,12 @@ def test_config_errors_are_one_line(tmp_path, cfg, params):
         ({"quantization_config": {"bits": 4}}, "is quantized"),
         ({"rope_scaling": {"type": "yarn"}}, "rope type 'yarn'"),
         ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "x"}}, "type 'x'"),
+        ({"rope_scaling": "x"}, "rope_scaling='x' must be of type dict or"),
+        ({"rope_theta": "1e4"}, "rope_theta='1e4' must be of type float"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5' must be of type float"),
+        ({"sliding_window": True}, "sliding_window=True must be of type int or"),
+        ({"sliding_window": 1.5}, "sliding_window=1.5 must be of type int or"),
+        ({"tie_word_embeddings": []}, r"tie_word_embeddings=\[\] must be of type bool"),
         ({"num_hidden_layers": 10**9}, "000, but there are only 30 tensors"),
         ({"hidden_size": 10**9}, "do not fit; shapes: "),
         ({"max_position_embeddings": 10**12}, "max_position_embeddings=1000000000000 is no number"),
@@ -256,7 +262,7 @@ def test_absent_keys_are_what_transformers_takes_for_them():
         (None, None, ()), ([], "absent", ()), ("absent", [8], (8,)), ("absent", "absent", (2,)),
         ([], 420, "eos_token_id=420 must be ids below vocab_size=420"),
         ([2, -1], [], r"eos_token_id=\(2, -1\) must be ids below"),
-        ("</s>", [], r"eos_token_id=</s> must be ids below"),
+        ("</s>", [], r"eos_token_id='</s>' must be of type int"),
     ],
 )  # fmt: skip
 def test_every_end_token_of_both_files_is_read(

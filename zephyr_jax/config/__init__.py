@@ -109,7 +109,7 @@ def build(cls: Any, tree: dict[str, Any], path: str = "config", root: Any = None
         )
     if problems:
         raise ValueError("; ".join(problems))
-    return cls(**{k: _value(hints[k], v, f"{path}.{k}", root) for k, v in tree.items()})
+    return cls(**{k: typed(hints[k], v, f"{path}.{k}", root) for k, v in tree.items()})
 
 
 def _paths(cls: Any, path: str = "config") -> list[str]:
@@ -139,7 +139,8 @@ class _Word(str):
     """What stands behind the = of an override; the field's type says how it is read."""
 
 
-def _value(hint: Any, value: Any, path: str, root: Any) -> Any:
+def typed(hint: Any, value: Any, path: str, root: Any = None) -> Any:
+    """The value as the type that a hint names; a ValueError, which begins with `path`, if not."""
     if isinstance(value, _Word):
         value = str(value) if hint is str else _literal(value)
     choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -152,9 +153,9 @@ def _value(hint: Any, value: Any, path: str, root: Any) -> Any:
         origin, item = typing.get_origin(choice), (*typing.get_args(choice), None)
         if origin is tuple:  # JSON has lists only; one value stands for a tuple of one
             entries = value if isinstance(value, tuple | list) else (value,)
-            return tuple(_value(item[0], entry, path, root) for entry in entries)
+            return tuple(typed(item[0], entry, path, root) for entry in entries)
         if isinstance(value, dict) and named and origin is dict:
-            return {k: _value(item[1], entry, f"{path}.{k}", root) for k, entry in value.items()}
+            return {k: typed(item[1], entry, f"{path}.{k}", root) for k, entry in value.items()}
         if type(value) is choice:
             return value
     names = " or ".join(str(c) if typing.get_args(c) else c.__name__ for c in choices)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, get_type_hints
 
-from zephyr_jax.config import choose, positive, require
+from zephyr_jax.config import choose, positive, require, typed
 
 _DTYPES = ("float32", "bfloat16", "float16")
 # What transformers takes for a key that config.json lacks, where it is not what we take.
@@ -94,7 +94,9 @@ class MistralConfig:
         kind = config.get("model_type")
         if kind not in ("mistral", "llama"):
             raise ValueError(f"model_type={kind!r} in config.json is neither mistral nor llama")
-        rope = (config.get("rope_parameters") or {}) | (config.get("rope_scaling") or {})
+        rope = {}
+        for name in ("rope_parameters", "rope_scaling"):
+            rope |= typed(dict | None, config.get(name), name) or {}
         for rope_type in (rope.get("rope_type", "default"), rope.get("type", "default")):
             if rope_type != "default":
                 raise ValueError(f"rope type {rope_type!r} is not supported; only 'default' is")
@@ -103,21 +105,17 @@ class MistralConfig:
         for bias in ("attention_bias", "mlp_bias"):
             if config.get(bias):
                 raise ValueError(f"{bias}=true is not supported: this architecture has no biases")
-        thetas = {float(t) for t in (rope.get("rope_theta"), config.get("rope_theta")) if t}
+        thetas = {typed(float | None, x.get("rope_theta"), "rope_theta") for x in (rope, config)}
+        thetas -= {None}
         if len(thetas) > 1:
             raise ValueError(f"config.json has two values of rope_theta: {sorted(thetas)}")
-        names = {f.name for f in dataclasses.fields(cls)}
-        taken = _HF_DEFAULTS[kind] | {k: v for k, v in config.items() if k in names}
+        hints = get_type_hints(cls)
+        taken = _HF_DEFAULTS[kind] | {k: v for k, v in config.items() if k in hints}
         if taken.get("eos_token_id", 0) is None:  # the tokenizer's alone ends a text
             taken["eos_token_id"] = ()
-        taken = {k: v for k, v in taken.items() if v is not None}
-        missing = [name for name in ("hidden_size", "num_attention_heads") if name not in taken]
-        if missing:
+        taken = {k: typed(hints[k], v, k) for k, v in taken.items() if v is not None}
+        if missing := [key for key in ("hidden_size", "num_attention_heads") if key not in taken]:
             raise ValueError(f"config.json lacks {', '.join(missing)}; copy it again")
-        for field in dataclasses.fields(cls):
-            value = taken.get(field.name, 0)
-            if field.type == "int" and type(value) is not int:
-                raise ValueError(f"{field.name}={value!r} in config.json is no whole number")
         heads = taken["num_attention_heads"]
         # Mistral's default in transformers; null, and any number in Llama, means one for each head.
         grouped = kind == "mistral" and "num_key_value_heads" not in config and heads % 8 == 0
