@@ -22,12 +22,12 @@ from zephyr_jax.weights.exports import write_files
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
-def plan_of(rows, kind="sft", optim=(), **train):
+def plan_of(rows, kind="sft", optim=(), held_out=4, **train):
     """A recipe's plan over this many rows or pairs, checked."""
     train = {"epochs": 4, "batch_size": 32 if kind == "dpo" else 8} | train
     config = with_fields(load_config(f"demo_{kind}"), optim=dict(optim), train=train)
     split = {"rows": rows, "documents": rows, "tokens": rows * config.data.seq_len}
-    manifest = {"splits": {"train": split, "eval": {"rows": 4}}}
+    manifest = {"splits": {"train": split, "eval": {"rows": held_out}}}
     if kind == "dpo":
         manifest |= {"rows_per_batch": 4, "steps_per_epoch": -(-rows // config.train.batch_size)}
     packed, train = PackedSet(Path(), manifest), config.train
@@ -84,6 +84,7 @@ def test_pairs_are_packed_for_as_many_epochs_as_the_rule_gives(world):
     [
         ("sft", {"keep_best": "loss", "eval_every": 0}, "train.eval_every .now 0. between 0 and"),
         ("sft", {"keep_best": "loss", "eval_every": 10**6}, "between 0 and the run's 52 steps"),
+        ("sft", {"keep_best": "loss", "held_out": 0}, "keep_best=loss needs a held-out split; name"),
         ("sft", {"keep_best": "rewards/accuracies"}, "train.keep_best='rewards/accuracies' is not"),
         ("dpo", {"keep_best": "acc"}, "train.keep_best='acc' is not known; use one of loss, kl, "),
         ("dpo", {"keep_best": "up:loss"}, "train.keep_best='up' is not known; use one of , min"),

@@ -140,10 +140,12 @@ def check_best(train: TrainConfig, steps: int, dpo: DpoConfig | None) -> None:
     wanted, _ = train.best_and_patience
     if not wanted:
         return
+    if not steps:
+        raise ValueError(f"train.keep_best={wanted} needs a held-out split; name it in data.splits")
     if not 0 < train.eval_every < steps:
         raise ValueError(
-            f"train.keep_best={wanted} needs a held-out split, and train.eval_every (now "
-            f"{train.eval_every}) between 0 and the run's {steps} steps"
+            f"train.keep_best={wanted} needs train.eval_every (now {train.eval_every}) between 0 "
+            f"and the run's {steps} steps"
         )
     direction, _, name = wanted.rpartition(":")
     choose("train.keep_best", direction, ("", "min", "max"))
