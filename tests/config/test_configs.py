@@ -174,7 +174,7 @@ def test_every_kind_of_value_can_be_set_from_the_command_line_and_survives_json(
         ("data.dataset={}", "data.dataset={} is empty"),
         ("train.attention=flash", "train.attention='flash' is not known; use one of auto, "),
         ("optim.schedule=step", "use one of cosine, linear"),
-        ("optim.schedule={'wsd': 0.1, 'cosine': 1}", "a name, or {'wsd': SHARE} alone"),
+        ("optim.schedule={'wsd': 0.1, 'cosine': 1}", "a name, or {'wsd': SHARE <= 1} alone"),
         ("train.keep_best={'loss': 3, 'kl': 2}", "{'METRIC': EVALUATIONS} of one metric"),
         ("train.bad_steps.skp=1", "train.bad_steps='skp' is not known; use one of skip, spike"),
         ("train.bad_steps.skip=2.5", "train.bad_steps.skip=2.5 must be above 0, and whole"),

@@ -319,8 +319,8 @@ def test_state_and_updates_are_those_of_one_device_on_a_mesh(name):
         ("sophia", {}, "optim.name='sophia' is not known; use one of adamw, adam, "),
         ("sgd", {"weight_decay": 0.1}, "optim.weight_decay=0.1 must be 0: sgd has none"),
         ("adamw", {"schedule": "constant"}, "optim.warmup_ratio=0.1 must be 0 under"),
-        ("adamw", {"schedule": {"cosine": 0.5}}, "must be a name, or {'wsd': SHARE}"),
-        ("adamw", {"schedule": {"wsd": 1.5}}, "must be a name, or {'wsd': SHARE}"),
+        ("adamw", {"schedule": {"cosine": 0.5}}, "must be a name, or {'wsd': SHARE <= 1}"),
+        ("adamw", {"schedule": {"wsd": 1.5}}, "must be a name, or {'wsd': SHARE <= 1}"),
     ],
 )
 def test_what_an_optimizer_lacks_is_refused(name, changes, message):

@@ -70,13 +70,18 @@ def test_a_small_set_is_repeated_until_there_are_100_steps(rows, kind, steps):
     assert plan_of(4000, epochs=0).train_steps == 500
 
 
-def test_pairs_are_packed_for_as_many_epochs_as_the_rule_gives(world):
+def test_pairs_are_packed_for_as_many_epochs_as_the_rule_gives(world, caplog):
+    pack(config_of(world, "dpo", epochs=11, max_steps=1))
+    ends = "train.max_steps=1 ends the run in epoch 1 of 11: --config.train.epochs=1 packs"
+    assert ends in caplog.text
+    caplog.clear()
     config = config_of(world, "dpo", epochs=0, max_steps=0)
     packed = pack(config)
     plan = make_plan(packed, config.train.batch_size, 0, 0)
     assert 100 <= plan.train_steps < 100 + plan.steps_per_epoch
     n = packed.manifest["splits"]["train"]
     assert n["rows"] == plan.train_steps * packed.manifest["rows_per_batch"]
+    assert "ends the run" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -84,7 +89,7 @@ def test_pairs_are_packed_for_as_many_epochs_as_the_rule_gives(world):
     [
         ("sft", {"keep_best": "loss", "eval_every": 0}, "train.eval_every .now 0. between 0 and"),
         ("sft", {"keep_best": "loss", "eval_every": 10**6}, "between 0 and the run's 52 steps"),
-        ("sft", {"keep_best": "loss", "held_out": 0}, "keep_best=loss needs a held-out split; name"),
+        ("sft", {"keep_best": "loss", "held_out": 0}, "keep_best=loss needs a held-out split"),
         ("sft", {"keep_best": "rewards/accuracies"}, "train.keep_best='rewards/accuracies' is not"),
         ("dpo", {"keep_best": "acc"}, "train.keep_best='acc' is not known; use one of loss, kl, "),
         ("dpo", {"keep_best": "up:loss"}, "train.keep_best='up' is not known; use one of , min"),

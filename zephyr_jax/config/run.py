@@ -106,8 +106,7 @@ class OptimConfig:
         name, share = self.schedule_and_share
         choose("optim.schedule", name, SCHEDULES)
         holds = share <= 1 and self.schedule in (name, {"wsd": share})
-        rule = "a name, or {'wsd': SHARE} alone with SHARE <= 1"
-        require(holds, "optim.schedule", self.schedule, rule)
+        require(holds, "optim.schedule", self.schedule, "a name, or {'wsd': SHARE <= 1} alone")
         rule = "0 under optim.schedule=constant; or take constant_with_warmup"
         holds = name != "constant" or not self.warmup_ratio
         require(holds, "optim.warmup_ratio", self.warmup_ratio, rule)

@@ -118,16 +118,14 @@ class ReferenceLogps:
     def __init__(self, pair_ids: np.ndarray, logps: np.ndarray):
         order = np.argsort(pair_ids)
         self.pair_ids, self.logps = pair_ids[order], logps[order]
-        wrong = self.pair_ids[~np.isfinite(self.logps).all(axis=-1)]
-        if wrong.size:
+        if (wrong := self.pair_ids[~np.isfinite(self.logps).all(axis=-1)]).size:
             names = f"{wrong.size} pairs, first ids {wrong[:5].tolist()}"
             raise ValueError(f"the reference's log-probs are not finite of {names}")
 
     def lookup(self, pair_ids: np.ndarray) -> np.ndarray:
         """Chosen and rejected log-probs `R K 2` float32 of ids `R K`; zeros where the id is 0."""
         present = pair_ids != 0
-        missing = present & ~np.isin(pair_ids, self.pair_ids)
-        if missing.any():
+        if (missing := present & ~np.isin(pair_ids, self.pair_ids)).any():
             first = pair_ids[missing][0]
             raise ValueError(f"{missing.sum()} pairs have no stored log-probs, first id {first}")
         out = np.zeros((*pair_ids.shape, 2), np.float32)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from zephyr_jax.config.run import RunConfig
 from zephyr_jax.data.packing import packing
@@ -105,8 +106,13 @@ def _plan_batches(
     dpo, seed, lengths, other = config.dpo, config.seed, part.table["length"], np.arange(0)
     epochs, sizes = [[[*range(len(lengths))]]], lengths.tolist()
     if split == "train":
-        size = config.train.batch_size
-        number = config.train.epochs or -(-packing.LEAST_STEPS // -(-len(sizes) // size))
+        size, last = config.train.batch_size, config.train.max_steps
+        per_epoch = -(-len(sizes) // size)
+        number = config.train.epochs or -(-packing.LEAST_STEPS // per_epoch)
+        reached = -(-last // per_epoch) or number
+        if number > 10 * reached:  # all of them are packed, so that runs of any length share them
+            why = f"train.max_steps={last} ends the run in epoch {reached} of {number}"
+            logging.warning("%s: --config.train.epochs=%d packs no more than that", why, reached)
         epochs = [packing.level_batches(sizes, size, seed, epoch) for epoch in range(number)]
     if dpo and dpo.labeled:
         first = epochs[0]

@@ -121,9 +121,7 @@ def render_pair(
         return PairIds(prompt, *answers)
     header = "\n<|assistant|>\n"
     n_header = len(tok.encode(header))
-    end = [tok.eos_id]
-    if options.get("append_eos"):
-        end = [tok.eos_id, *tok.encode("\n"), tok.eos_id]
+    end = [tok.eos_id, *tok.encode("\n"), tok.eos_id] if options.get("append_eos") else [tok.eos_id]
     answers = [tok.encode(header + content, parse_special)[n_header:] + end for content in contents]
     if score_header:
         # Nothing merges across the newline before it, so the header's ids follow the newline's.
