@@ -1,5 +1,3 @@
-import math
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -42,9 +40,8 @@ def test_bad_rows_are_counted_and_too_many_stop(raw, tmp_path):
         ("empty.jsonl", RAW, ValueError, r"empty\.jsonl: it has no rows"),
         ("cut/a.parquet", RAW, ValueError, r"a\.parquet is damaged"),
         ("twice.parquet", RAW, ValueError, r"twice\.parquet has two columns data: write it with"),
-        ("links", RAW, FileNotFoundError, r"links/a\.jsonl is a link to gone/b\.jsonl, which is"),
-        ("links/*.jsonl", RAW, FileNotFoundError, r"a\.jsonl is a link to gone/b\.jsonl"),
-        ("links/a.jsonl", RAW, FileNotFoundError, r"a\.jsonl is a link to gone/b\.jsonl"),
+        ("cut", RAW, FileNotFoundError, r"cut/b\.jsonl is a link to gone/b\.jsonl, which is not"),
+        ("cut/b.jsonl", RAW, FileNotFoundError, r"b\.jsonl is a link to gone/b\.jsonl"),
         ("raw", RATED, ValueError, r"instruction, completions .*id, data"),
     ],
 )
@@ -53,12 +50,10 @@ def test_sources_that_do_not_fit(raw, tmp_path, source, schema, kind, message):
     write(tmp_path / "empty.jsonl", [])
     (tmp_path / "page.json").write_text("<html>\n</html>")
     write(tmp_path / "two.json", [{"train": [dialogue(1)], "test": [dialogue(2)]}])
-    twice = pa.Table.from_arrays([pa.array(["a"])] * 3, ["id", "data", "data"])
-    pq.write_table(twice, tmp_path / "twice.parquet")
-    write(tmp_path / "links" / "b.jsonl", [dialogue(3)])
-    (tmp_path / "links" / "a.jsonl").symlink_to("gone/b.jsonl")
+    pq.write_table(pa.table([["a"]] * 3, ["id", "data", "data"]), tmp_path / "twice.parquet")
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "a.parquet").write_bytes(b"PAR1")
+    (tmp_path / "cut" / "b.jsonl").symlink_to("gone/b.jsonl")
     with pytest.raises(kind, match=message) as stop:
         find_sources(tmp_path / source, schema)
     assert "\n" not in str(stop.value)
@@ -72,9 +67,9 @@ def test_arguments_that_do_not_fit(raw, tmp_path):
     ):
         with pytest.raises(ValueError, match=match):
             prepare(*arguments)
-    for name, value in (("max_row_mb", 0), ("max_row_mb", 10**9), ("max_bad_fraction", math.nan)):
-        with pytest.raises(ValueError, match=f"{name}={value} must be .*from"):
-            prepare("ultrachat", raw, tmp_path, **{name: value})
+    for option in ({"max_row_mb": 0}, {"max_row_mb": 10**9}, {"max_bad_fraction": float("nan")}):
+        with pytest.raises(ValueError, match=r"max_\w+=[\dna]+ must be .*from"):
+            prepare("ultrachat", raw, tmp_path, **option)
 
 
 def test_one_file_and_globs(raw, tmp_path):

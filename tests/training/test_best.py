@@ -95,14 +95,10 @@ def test_a_run_ends_early_and_stays_ended(world, tmp_path, losses):
 
 
 def test_a_step_that_a_run_lacks_is_answered_with_those_that_it_has(sft_run, tmp_path, refused):
-    words = "port_weights", "export", sft_run.workdir, tmp_path / "hf"
     for step in ("x", "99", "-1"):
-        said = refused(*words, f"--step={step}")
+        said = refused("port_weights", "export", sft_run.workdir, tmp_path / "hf", f"--step={step}")
         assert f"--step={step} is no step of {sft_run.workdir}, which has 5, 10" in said
     with pytest.raises(ValueError, match="x is not that of a step; the run has 5, 10"):
         load_model(sft_run.workdir / "checkpoints" / "x")
-
-
-def test_a_run_without_a_best_step_says_so(sft_run):
     with pytest.raises(FileNotFoundError, match="has no best step: it was trained without train.k"):
         step_folder(epath.Path(sft_run.workdir) / "checkpoints" / "best")
