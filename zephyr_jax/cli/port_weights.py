@@ -105,7 +105,7 @@ def _import(args: argparse.Namespace) -> None:
         params = sources.merge_into(model.params, peft.adapters, peft.lora, "float32")
         lines = [*model.lineage["lineage"], f"merged with the PEFT adapter {args.source}"]
         model = Model(model.cfg, params, model.tokenizer, {"lineage": lines})
-    sources.check_finite(model.params, args.source)
+    sources.check_all_finite(model.params, args.source)
     model.lineage["source"] = sources.source_files(args.base or args.source)
     save_model(model, args.destination)
     logging.info("%s is in %s", args.source, args.destination)

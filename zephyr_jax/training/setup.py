@@ -229,7 +229,7 @@ def _initial(config: RunConfig) -> tuple[Params, list[str], MistralConfig]:
 def _load_same(config: RunConfig, source: str) -> Model:
     model = sources.load_model(source, config.data.tokenizer)
     check_same_model(config.model, model.cfg, source)
-    sources.check_finite(model.params, source)
+    sources.check_all_finite(model.params, source)
     return model
 
 

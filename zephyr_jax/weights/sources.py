@@ -215,13 +215,13 @@ def load_model(
 def load_in(source: str, dtype: str | None) -> Model:
     """The model with its parameters and its computation in `dtype`, checked; None: its own."""
     model = load_model(source, dtype=dtype)
-    check_finite(model.params, source)
+    check_all_finite(model.params, source)
     if dtype:
         model = model._replace(cfg=dataclasses.replace(model.cfg, dtype=dtype))
     return model
 
 
-def check_finite(params: Params, source: str) -> None:
+def check_all_finite(params: Params, source: str) -> None:
     """Raises a ValueError that names the parameters, from `source`, that hold nan or inf."""
     if problem := not_finite(params):
         raise ValueError(f"{problem} in {source}; restore it, or take another model")
