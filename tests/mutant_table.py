@@ -219,8 +219,9 @@ MUTANTS = (
     Mutant(37, "data/packing/packing.py", "data/test_packing.py::test_dialogues_end_at_their_last_target",
            "mask[:1] = False", "mask[:0] = False"),
     Mutant(37, "evaluation/scoring.py",
-           "evaluation/test_continuations.py::test_splash_never_sees_more_than_two_branches",
-           '"tiled" if branched and platform() == "tpu" else "auto"', '"auto"'),
+           "evaluation/test_continuations.py::"
+           "test_splash_never_runs_twice_over_more_than_two_branches",
+           '"tiled" if branched and twice and platform() == "tpu" else "auto"', '"auto"'),
     Mutant(39, "models/mistral.py",
            "models/test_mistral.py::test_no_two_parameters_share_their_random_numbers",
            "jax.random.normal(rngs.params(),", "jax.random.normal(jax.random.key(0),"),

@@ -70,9 +70,6 @@ def test_parts_that_are_no_text_drop_the_row_and_are_counted():
         ({"role": "assistant", "content": 3}, "wrong_type:messages[1].content"),
         ({"role": "assistant", "content": ["a", 3]}, "wrong_type:messages[1].content[1]"),
         ({"role": "assistant", "content": [{"type": "text"}]}, "wrong_type:messages[1].content[0]"),
-        ({"role": "assistant", "tool_calls": "run it"}, "no_function:messages[1]='run it'"),
-        ({"role": "assistant", "tool_calls": [{"id": 3}]}, "no_function:messages[1]={'id': 3}"),
-        ({"from": "function_call", "value": "[7]"}, "no_function:messages[1]=7"),
     ],
 )
 def test_a_turn_that_cannot_be_read_is_a_bad_row(turn, reason):
@@ -123,6 +120,14 @@ def test_turns_of_tools_are_dropped_or_kept(kind):
     record, counts = through(dialogues.own_schemas(KEEP)["own"], row)
     expected = [TALK[0], {**TALK[1], "tool_calls": [CALL | of_call]}, TALK[2] | of_result, TALK[3]]
     assert (record["messages"], counts) == (expected, Counter(tool_turn_kept=1))
+
+
+@pytest.mark.parametrize("calls", ["run it", [{"id": 3}], [WRITTEN, "[7]"]])
+def test_what_is_no_call_of_a_tool_drops_the_dialogue(calls):
+    row = {"messages": [QUESTION, CALLING | {"tool_calls": calls}, *OPENAI[2:]]}
+    record, counts = through(dialogues.own_schemas(KEEP)["own"], row)
+    assert (record, counts["not_text:tool_call"]) == (None, 1)
+    assert convert(row)[1]["tool_turn"] == 1
 
 
 def test_a_pair_or_a_labeled_answer_with_tools_is_dropped():

@@ -69,15 +69,12 @@ def read_rows(
 
 
 def write_rows(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
-    """Writes rows to a .json file as a list, to any other as a line each.
-
-    Half a surrogate pair, which judges write, has no bytes: it becomes a question mark.
-    """
+    """Writes rows to a .json file as a list, to any other as a line each."""
     if Path(path).suffix == ".json":
         text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
     else:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomic(path, text.encode(errors="replace"))
+    write_atomic(path, text.encode(errors="replace"))  # judges write half a surrogate pair
 
 
 def check_flags(args: argparse.Namespace, verdicts: str, judged: str) -> None:

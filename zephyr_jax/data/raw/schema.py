@@ -228,7 +228,7 @@ class Reader:
         if name not in ROLES:
             raise BadRow(f"unknown_role:{place}.{role}={window(turn[role], width=20)}")
         text, others = _text(turn.get(content), f"{place}.{content}")
-        read = _with_calls({"role": ROLES[name], "content": text}, turn, name, place)
+        read = _with_calls({"role": ROLES[name], "content": text}, turn, name, others)
         mark = _mark(turn, f"{place}.")
         if mark is False:
             read["train"] = False
@@ -265,8 +265,8 @@ def _text(content: Any, place: str) -> tuple[str, list[str]]:
     return "\n".join(texts), others
 
 
-def _with_calls(read: Turn, turn: Mapping[str, Any], name: str, place: str) -> Turn:
-    """The turn with what templates read of calls of tools and of their results."""
+def _with_calls(read: Turn, turn: Mapping[str, Any], name: str, others: list[str]) -> Turn:
+    """The turn with what templates read of calls of tools and their results; `others`: no calls."""
     calls = _parsed(turn.get("tool_calls") or turn.get("function_call") or turn.get("tool_call"))
     text = read["content"]
     if name in _CALLS and not calls and (parsed := _parsed(text)) not in (text, [], {}):
@@ -275,16 +275,18 @@ def _with_calls(read: Turn, turn: Mapping[str, Any], name: str, place: str) -> T
         read |= {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key) is not None}
     elif calls and read["role"] == "assistant":
         listed = calls if isinstance(calls, list) else [calls]
-        read["tool_calls"] = [_call(_without_nones(_parsed(call)), place) for call in listed]
+        found = [_call(_without_nones(_parsed(call))) for call in listed]
+        read["tool_calls"] = [call for call in found if call is not None]
+        others += ["tool_call"] * found.count(None)
     return read
 
 
-def _call(call: Any, place: str) -> dict[str, Any]:
-    """A call as chat templates read it: {"type", "function": {"name", "arguments"}}."""
+def _call(call: Any) -> dict[str, Any] | None:
+    """A call as chat templates read it: {"type", "function": {"name", "arguments"}}; else None."""
     outer = call if isinstance(call, dict) and "function" in call else {"type": "function"}
     function = _parsed(outer.get("function", call))
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadRow(f"no_function:{place}={call!r:.40}")
+        return None
     if "arguments" in function:
         function = function | {"arguments": _parsed(function["arguments"])}
     return outer | {"function": function}
