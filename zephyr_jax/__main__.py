@@ -59,6 +59,10 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
+    def parse_mixed(self, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        nested = self._subparsers is not None  # else words may stand between flags
+        return self.parse_known_args(words) if nested else self.parse_known_intermixed_args(words)
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; bad input ends in one line on stderr and exit status 2."""
@@ -87,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     module.add_arguments(parser)
     # One with a blank in it, argparse would take for a positional argument.
     assigned = [word for word in rest if word.startswith("--config.")]
-    known, others = parser.parse_known_args([word for word in rest if word not in assigned])
+    known, others = parser.parse_mixed([word for word in rest if word not in assigned])
     overrides = [*assigned, *others]
     unknown = [word for word in overrides if not word.startswith("--config.")]
     if not hasattr(known, "config"):
@@ -110,9 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stderr.write("\n".join([f"error: {' '.join(str(error).split())}", *notes, ""]))
         raise SystemExit(2) from error
     except (RuntimeError, AssertionError) as error:  # JAX's, whose import would take a second
-        text = str(error)
-        if not text and os.environ.get("JAX_PLATFORMS") == "cuda":  # its part for CUDA is absent
-            text = "Unable to initialize backend 'cuda'"
+        no_cuda = not str(error) and os.environ.get("JAX_PLATFORMS") == "cuda"  # not installed
+        text = "Unable to initialize backend 'cuda'" if no_cuda else str(error)
         advice = next((_ADVICE[words] for words in _ADVICE if words in text), None)
         if advice is None:
             raise

@@ -55,7 +55,7 @@ def test_scripts_are_the_commands():
         ("export SRC full", "is not an export of zephyr_jax (it holds mine"),
         ("export SRC full/mine.gguf --format=gguf", "is not an export of zephyr_jax"),
         ("export SRC out --public", "--public has no effect on this export"),
-        ("export SRC out --push=x", "cannot be pushed to; name it org/name"),
+        ("export SRC --push=x out", "cannot be pushed to; name it org/name"),
         ("export SRC out --base=c", "--base has no effect on this export"),
         ("export SRC out --dtype=q8_0", "--dtype=q8_0 belongs to an export with --format=gguf"),
         ("export SRC out --format=peft", "SRC holds no adapters of a run; only a workdir"),

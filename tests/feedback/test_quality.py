@@ -89,8 +89,11 @@ def test_the_command_writes_a_page(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("report --workdir=nowhere", "nowhere holds no finished round: it has no judgements.jsonl"),
-        ("report --workdir=nowhere --max_cost=1", "--max_cost has no effect on report"),
+        (
+            "report --workdir=nowhere x.jsonl",
+            "nowhere holds no finished round: it has no judgements.jsonl",
+        ),
+        ("report --workdir=nowhere --max_cost=1", "max_cost has no effect on report"),
         ("collect x.jsonl --config=c", "recorded has no effect on collect"),
         ("collect --config=c --max_cost=nan", "--max_cost=nan must be 0 or more dollars"),
     ],

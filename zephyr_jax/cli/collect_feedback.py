@@ -44,11 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    limits = {"--max_requests": args.max_requests, "--max_cost": args.max_cost}
-    given = {"recorded": args.recorded, "--config": args.config or args.overrides, **limits}
-    for name, value in {**given, "--dry_run": args.dry_run}.items():
-        if value and (name == "recorded") != (args.action == "report"):
-            raise ValueError(f"{name} has no effect on {args.action}; leave it out")
+    of_others = ("config", "overrides", "max_requests", "max_cost", "dry_run")
+    of_others = of_others if args.action == "report" else ("recorded",)
+    if unused := [name for name in of_others if getattr(args, name)]:
+        raise ValueError(f"{unused[0]} has no effect on {args.action}; leave it out")
     if not args.max_cost >= 0:
         raise ValueError(f"--max_cost={args.max_cost} must be 0 or more dollars")
     if args.action == "report":

@@ -133,14 +133,12 @@ class Cache:
 
     def get(self, key: str) -> Reply | None:
         """The reply under a key; None if there is none, or a damaged one, of which a line tells."""
-        row = self._run("SELECT json FROM reply WHERE key = ?", (key,))
-        if row is None:
-            return None
-        text = row[0] if row[0].startswith('["') else row[0][16:]  # older ones have no digest
-        if row[0] not in (text, _sealed(text)):
+        (held,) = self._run("SELECT json FROM reply WHERE key = ?", (key,)) or ("",)
+        text = held if held.startswith('["') else held[16:]  # older ones have no digest
+        if held and held not in (text, _sealed(text)):
             logging.warning("%s: a reply is damaged, and asked for again", self._path)
             return None
-        return Reply(*json.loads(text))
+        return Reply(*json.loads(text)) if held else None
 
     def __setitem__(self, key: str, reply: Reply) -> None:
         text = _sealed(json.dumps(reply))
@@ -277,8 +275,8 @@ def _likeliest(logprobs: Any) -> dict[str, float]:
     content = getattr(logprobs, "content", None)
     first = content[0] if isinstance(content, list) and content else None
     tops = getattr(first, "top_logprobs", None)
-    tops = tops if isinstance(tops, list) else []
-    pairs = [(getattr(x, "token", None), finite(getattr(x, "logprob", None))) for x in tops]
+    listed = tops if isinstance(tops, list) else ()
+    pairs = [(getattr(x, "token", None), finite(getattr(x, "logprob", None))) for x in listed]
     return {token: min(p, 0.0) for token, p in pairs if isinstance(token, str) and p is not None}
 
 
