@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import logging
-from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from zephyr_jax import distributed
-from zephyr_jax.chips import keep_programs, peak_flops
+from zephyr_jax.chips import peak_flops
 from zephyr_jax.config.run import RunConfig, TrainConfig
 from zephyr_jax.data.packing.batches import HostBatch, device_pairs, device_rows, read_batches
 from zephyr_jax.distributed import ShutdownHandler
@@ -44,7 +43,6 @@ def fit(
     """`zephyr_jax.fit` without the run's report."""
     clock = Clock(began)
     distributed.check_started()
-    keep_programs(epath.Path(workdir) / "programs" if jax.process_count() > 1 else "")
     mesh = contextlib.nullcontext()  # one that is set already, as in a notebook
     if jax.sharding.get_mesh().empty:
         config = resolve_sizes(config)

@@ -11,6 +11,7 @@ import optax
 from absl import logging
 from etils import epath
 
+from zephyr_jax.chips import keep_programs
 from zephyr_jax.config import require
 from zephyr_jax.config.preference import DpoConfig
 from zephyr_jax.config.run import DataConfig, MistralConfig, RunConfig
@@ -62,7 +63,7 @@ class Run:
 
 
 def setup(config: RunConfig, workdir: str | os.PathLike[str], clock: Clock | None = None) -> Run:
-    """Builds and checks every part of a run, on the ambient mesh; `workdir` stays as it is."""
+    """Builds and checks every part of a run, on the ambient mesh; `workdir` gets programs alone."""
     clock, workdir = clock or Clock(), epath.Path(workdir)
     clock.end("start")
     try:
@@ -73,6 +74,7 @@ def setup(config: RunConfig, workdir: str | os.PathLike[str], clock: Clock | Non
         raise
     agree({"setup error": None})
     agree(facts)
+    keep_programs(workdir / "programs" if jax.process_count() > 1 else "")  # none of a refused run
     clock.end("data")
     schedule = make_schedule(config.optim, plan.train_steps)
     optimizer = make_optimizer(config.optim, schedule)
