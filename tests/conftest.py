@@ -1,6 +1,7 @@
 """Eight fake CPU devices, exact matmuls, no silent rank promotion, runtime-checked annotations."""
 
 import os
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -37,6 +38,8 @@ import numpy as np
 import pytest
 from raw_rows import write_raw, write_world
 from sample_tokenizers import mistral_tokenizer, train_model
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
