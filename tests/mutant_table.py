@@ -25,7 +25,7 @@ class Mutant(NamedTuple):
 # fmt: off
 MUTANTS = (
     Mutant(1, "data/text/tokenizer.py", "test_properties.py::test_content_stands_in_its_turn_and_is_never_a_control_token",
-           "return self._sp.encode(text)", "return self._sp.encode(text, add_bos=True)"),
+           "return list(itertools.chain.from_iterable(", "return list(itertools.chain([1], *"),
     Mutant(2, "data/text/chat.py", "data/test_chat.py::test_a_pair_is_its_two_chats[ours]",
            "render_chat(tok, messages, True, **options)",
            'render_chat(tok, messages, True, **{**options, "bos": False})'),
