@@ -35,8 +35,6 @@ STOPPED = 75  # exit status of a run that was asked to stop and saved: EX_TEMPFA
 PEER_LOST = 76  # exit status of a process of which another one died: EX_PROTOCOL
 _SILENT = 20.0  # seconds without a word from another process after which it is dead
 _GRACE = 5.0  # seconds in which a process whose peer ended may end by itself, as for the same error
-# JAX aborts the others when process 0 is gone; meanwhile `_Watch` says so, and ends them.
-_LATER = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: time.sleep(_GRACE))
 _CONNECT = 10.0  # seconds in which processes find each other for that
 # address of process 0 (HOST:PORT), number of processes, and number of this one, from 0
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -163,7 +161,10 @@ class _Watch:
             late = "so one that dies is noticed late; open TCP ports between hosts"
             logging.warning("process 0 is not reached at %s:%d (%s), %s", *place, problems[0], late)
             return
-        ctypes.CDLL(None).signal(signal.SIGABRT, _LATER)
+        # JAX aborts the others when process 0 is gone. The C library's sleep, which takes the signal's
+        # number (6) for seconds, lets `_hear` say so first; Python may be ending by then.
+        libc = ctypes.CDLL(None)
+        libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
         threading.Thread(target=self._beat, daemon=True).start()
         for end in self._ends:
             threading.Thread(target=self._hear, args=(end,), daemon=True).start()
