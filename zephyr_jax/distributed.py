@@ -161,8 +161,8 @@ class _Watch:
             late = "so one that dies is noticed late; open TCP ports between hosts"
             logging.warning("process 0 is not reached at %s:%d (%s), %s", *place, problems[0], late)
             return
-        # JAX aborts the others when process 0 is gone. The C library's sleep, which takes the number
-        # of a signal (6) for seconds, lets `_hear` say so first; Python may be ending then.
+        # JAX aborts the others when process 0 is gone. The C library's sleep, which takes the
+        # signal's number (6) for seconds, lets `_hear` say so first; Python may be ending then.
         libc = ctypes.CDLL(None)
         libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
         threading.Thread(target=self._beat, daemon=True).start()
