@@ -63,11 +63,11 @@ def line(world, sft_run, hf_folder, tmp_path_factory):
             shutil.copytree(world / "data" / "ultrachat", folder / "data" / "ultrachat")
             data = {"data_dir": str(folder / "data")}
             places = {"HERE": folder, "WORLD": world, "RUN": sft_run.workdir, "MODEL": hf_folder}
-            words = STATIONS[name][0]
-            for word, path in places.items():
-                words = words.replace(word, str(path))
+            words = STATIONS[name][0].split()
+            for place, path in places.items():
+                words = [word.replace(place, str(path)) for word in words]
             rated = words_of(url, write_prompts(folder, 6), folder / "round")
-            return words.split() or rated, with_fields(config_of(world, "sft"), data=data)
+            return words or rated, with_fields(config_of(world, "sft"), data=data)
 
         @functools.cache
         def undisturbed(name):
