@@ -40,6 +40,7 @@ def test_scripts_are_the_commands():
         ("generate --model=x --prompt=x --tensor=3", "--tensor=3 times --fsdp=1 must divide"),
         ("generate --model=nowhere --prompts=none.jsonl", "--output belong together"),
         ("generate --model=nowhere --prompts=none.jsonl --output=o", "none.jsonl"),
+        ("generate --model=nowhere --prompts=x --output=./x", "--prompts and --output are both x"),
         ("prepare_data ultrachat --source=nowhere --data_dir=d", "nowhere"),
         ("prepare_data ultrachat --source= --data_dir=d", "argument --source: it is empty"),
         ("prepare_data messages --config_name=", "argument --config_name: it is empty"),

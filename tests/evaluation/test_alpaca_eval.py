@@ -147,7 +147,15 @@ def test_replies_that_say_nothing_are_counted(files):
     odd = {"choices": None, "error": "x"}
     # No verdict, though some begin with A, or have it among the likeliest tokens.
     neither = {1: "Answer", 2: completion("Sorry", {"Sorry": -0.1, "A": -8.0}), 3: "Both"}
-    faults = neither | {5: odd, 7: 500, 8: 500, 9: Cut(b'{"id"'), 10: b'{"id"', 12: 500}
+    faults = neither | {
+        4: completion("A", {"A": None, "B": "x"}),
+        5: odd,
+        7: 500,
+        8: 500,
+        9: Cut(b'{"id"'),
+        10: b'{"id"',
+        12: 500,
+    }
     with judge_server(lambda request, n: faults.get(n, "A")) as (url, _):
         result = judged(files, url)
     assert result["n_without_preference"] == 3
