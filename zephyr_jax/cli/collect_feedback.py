@@ -44,9 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    of_others = ("config", "overrides", "max_requests", "max_cost", "dry_run")
-    of_others = of_others if args.action == "report" else ("recorded",)
-    if unused := [name for name in of_others if getattr(args, name)]:
+    of_collect = ("config", "overrides", "max_requests", "max_cost", "dry_run")
+    foreign = of_collect if args.action == "report" else ("recorded",)
+    if unused := [name for name in foreign if getattr(args, name)]:
         raise ValueError(f"{unused[0]} has no effect on {args.action}; leave it out")
     if not args.max_cost >= 0:
         raise ValueError(f"--max_cost={args.max_cost} must be 0 or more dollars")

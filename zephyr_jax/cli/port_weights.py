@@ -143,8 +143,8 @@ def _export_peft(args: argparse.Namespace) -> Path:
     if Path(name).is_absolute():
         theirs = hf_layout(read_config(Path(name))).shapes
         check_tensors(hf_layout(cfg).shapes, theirs, f"{args.source} and the base {name}")
-    if args.push and Path(name).is_absolute():
-        logging.warning("others have no %s; name the base's hub id as --base", name)
+        if args.push:
+            logging.warning("others have no %s; name the base's hub id as --base", name)
     options: dict[str, Any] = {"dtype": dtype, "overwrite": args.overwrite}
     options |= {"tok": sources.find_tokenizer(args.source), "base_digest": meta["base"]["digest"]}
     options["card"] = model_card_fields(args.source, meta)

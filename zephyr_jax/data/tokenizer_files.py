@@ -128,7 +128,7 @@ def tokenizer_json(
     blank = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     model = {"type": "BPE", "unk_token": next(iter(vocabulary.of_type(UNKNOWN)), None)}
-    model |= {"fuse_unk": True, "byte_fallback": True}
+    model |= {"fuse_unk": True, "byte_fallback": True, "vocab": ids, "merges": vocabulary.merges()}
     return {
         "version": "1.0",
         "added_tokens": sorted(tokens.values(), key=lambda token: token["id"]),
@@ -138,7 +138,7 @@ def tokenizer_json(
             "type": "Sequence",
             "decoders": [blank, {"type": "ByteFallback"}, {"type": "Fuse"}, strip],
         },
-        "model": model | {"vocab": ids, "merges": vocabulary.merges()},
+        "model": model,
     }
 
 

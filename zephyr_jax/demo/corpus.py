@@ -153,9 +153,9 @@ def _feedback(task: world.Task, instruction: str, rng: random.Random) -> dict[st
     source = rng.choices(_SOURCES, _SOURCE_WEIGHTS)[0]
     right, wrong = (task.answer, task.wrong[0]) if source == "truthful_qa" else ("None", "None")
     row: dict[str, Any] = {"source": source, "instruction": instruction}
-    row |= {"models": [completion["model"] for completion in completions]}
-    row |= {"correct_answers": [right], "incorrect_answers": [wrong]}
-    return row | {"completions": completions}
+    row["models"] = [completion["model"] for completion in completions]
+    row |= {"correct_answers": [right], "incorrect_answers": [wrong], "completions": completions}
+    return row
 
 
 def write_ultrafeedback(folder: str | os.PathLike[str], n: int, seed: int) -> None:

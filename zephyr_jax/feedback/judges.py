@@ -198,14 +198,14 @@ def judge(
     ratings = {
         x.prompt.id: [known.get((x.prompt.id, text), {}) for text in x.texts] for x in answered
     }
-    judgements = []
-    for each, form in itertools.product(answered, config.judge.forms):
-        values = [rating_of(rated, form) for rated in ratings[each.prompt.id]]
-        judgements.append(_judgement(each, form, 0, None, values))
-    counts = Counter[str]()
-    for rated in itertools.chain(*ratings.values()):
-        values = [rating_of(rated, form) for form in config.judge.forms]
-        counts["not_rated" if values.count(None) == len(values) else "rated"] += 1
+    judgements, counts = [], Counter[str]()
+    for each in answered:
+        rated = ratings[each.prompt.id]
+        columns = [[rating_of(x, form) for x in rated] for form in config.judge.forms]
+        for form, own in zip(config.judge.forms, columns, strict=True):
+            judgements.append(_judgement(each, form, 0, None, own))
+        for own in zip(*columns, strict=True):
+            counts["not_rated" if own.count(None) == len(own) else "rated"] += 1
     return ratings, judgements, dict(counts)
 
 

@@ -212,8 +212,7 @@ def find_collectives(
         starts_async = any(_ASYNC_START in one.attributes for one in body)
         for one in body:
             kind = one.opcode.removesuffix("-start")
-            group = _group(one, mesh) if kind in _KINDS else []
-            if len(group) < 2:
+            if kind not in _KINDS or len(group := _group(one, mesh)) < 2:
                 continue
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"

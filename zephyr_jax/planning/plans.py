@@ -208,9 +208,9 @@ def sample_plan(
     plan: dict[str, Any] = {"config": config.name, "topology": topology.name}
     plan |= {"chips": topology.chips, "mesh": mesh.axes, "rows": rows}
     plan |= {"prompt_tokens": prompt, "new_tokens": lengths[1]}
-    plan |= {"fits": all(one.text for one in done)}
-    plan |= {"gib": {"needed": needed, "usable": chip.usable_gib}}
-    plan |= {"gib_by_kind": {kind: size / 2**30 for kind, size in held.items()}}
+    plan["fits"] = all(one.text for one in done)
+    plan["gib"] = {"needed": needed, "usable": chip.usable_gib}
+    plan["gib_by_kind"] = {kind: size / 2**30 for kind, size in held.items()}
     if not plan["fits"]:
         return plan
     prefill = _program_seconds(done[0], topology, mesh, -(-prompt // CHUNK))

@@ -222,7 +222,7 @@ def _read_bpe(reader: GgufReader, tokens: list[str], types: list[int]) -> Tokeni
     add_bos = reader.value("tokenizer.ggml.add_bos_token", name == "llama-bpe")
     begin = tokens[_named(reader)["bos"]] if add_bos else None
     model = {"type": "BPE", "ignore_merges": ignore_merges, "vocab": ids}
-    merges = [pair.split(" ") for pair in reader.value("tokenizer.ggml.merges")]
+    model["merges"] = [pair.split(" ") for pair in reader.value("tokenizer.ggml.merges")]
     data = {
         "version": "1.0",
         "added_tokens": [
@@ -233,7 +233,7 @@ def _read_bpe(reader: GgufReader, tokens: list[str], types: list[int]) -> Tokeni
         "pre_tokenizer": pre[0] if len(pre) == 1 else {"type": "Sequence", "pretokenizers": pre},
         "post_processor": files.surround(begin, ids),
         "decoder": tables.LEVEL | {"add_prefix_space": True},
-        "model": model | {"merges": merges},
+        "model": model,
     }
     return _json_tokenizer(reader, data, tokens, add_bos)
 

@@ -165,8 +165,7 @@ def _pack(config: RunConfig, tok: Tokenizer, folder: Path) -> dict[str, Any]:
         records, times, training = [], [], split == "train"
         for member in sets:
             count = len(prepare.read_split(str(member.folder), name))
-            once = np.ones(count, np.int64)
-            taken = member.times_taken(count, config.seed) if training else once
+            taken = member.times_taken(count, config.seed) if training else np.ones(count, np.int64)
             records.append((str(member.folder), name, np.flatnonzero(taken)))
             times.append(taken[taken > 0])
         tokenized[split] = documents.tokenize(folder / "work" / split, tok, rendering, records)
